@@ -1,0 +1,1 @@
+"""swarmpy: pool machines to run language models that none of them could run alone."""

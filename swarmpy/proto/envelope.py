@@ -1,0 +1,76 @@
+"""Signed envelopes: what a peer signs, verified over the bytes as received and never re-encoded.
+
+libp2p's signed envelope (RFC 0002): protobuf {1: public key, 2: payload type, 3: payload,
+5: signature}; the signature covers the length-prefixed domain, type and payload, so that one made
+for one purpose fits no other. Spec: protocols/envelope.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swarmpy.errors import BadMessage, FrameTooLarge
+from swarmpy.identity import (
+    PUBLIC_KEY_PROTOBUF_PREFIX,
+    Identity,
+    PeerId,
+    check_public_key,
+    peer_id_of,
+    verify,
+)
+from swarmpy.proto import protobuf
+from swarmpy.proto.wire import encode_varint
+
+ENVELOPE_BYTES_MAX = 16 * 1024
+"""Largest envelope: a 4 KiB record with a membership chain in it fits four times."""
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A verified envelope. `signed` is what came over the wire; keep and forward that."""
+
+    public_key: bytes
+    payload: bytes
+    signed: bytes
+
+    @property
+    def signer(self) -> PeerId:
+        return peer_id_of(self.public_key)
+
+
+def seal(identity: Identity, *, domain: str, payload_type: bytes, payload: bytes) -> bytes:
+    """Sign `payload` for one purpose (`domain`) and return the envelope's bytes."""
+    signature = identity.sign(_signed_bytes(domain, payload_type, payload))
+    key = PUBLIC_KEY_PROTOBUF_PREFIX + identity.public_key
+    return protobuf.encode([(1, key), (2, payload_type), (3, payload), (5, signature)])
+
+
+def open_envelope(data: bytes, *, domain: str, payload_type: bytes) -> Envelope:
+    """Verify an envelope's signature for `domain` and return it.
+
+    Raises:
+        FrameTooLarge: More than `ENVELOPE_BYTES_MAX`.
+        BadMessage: Not an envelope, or of another payload type.
+        BadSignature: The signature does not fit.
+    """
+    if len(data) > ENVELOPE_BYTES_MAX:
+        raise FrameTooLarge(f"envelope of {len(data)} bytes exceeds {ENVELOPE_BYTES_MAX}")
+    fields = protobuf.decode(data)
+    key = protobuf.bytes_field(fields, 1)
+    if protobuf.bytes_field(fields, 2) != payload_type:
+        raise BadMessage("the envelope holds another type of payload")
+    payload = protobuf.bytes_field(fields, 3)
+    if not key.startswith(PUBLIC_KEY_PROTOBUF_PREFIX):
+        raise BadMessage("the envelope's key is not Ed25519")
+    public_key = key[len(PUBLIC_KEY_PROTOBUF_PREFIX) :]
+    check_public_key(public_key)
+    signed = _signed_bytes(domain, payload_type, payload)
+    verify(public_key, protobuf.bytes_field(fields, 5), signed)
+    return Envelope(public_key=public_key, payload=payload, signed=bytes(data))
+
+
+def _signed_bytes(domain: str, payload_type: bytes, payload: bytes) -> bytes:
+    out = b""
+    for part in (domain.encode(), payload_type, payload):
+        out += encode_varint(len(part)) + part
+    return out

@@ -1,0 +1,102 @@
+"""How every message of ours is framed, encoded and decoded: one function decodes, strictly.
+
+A message is a frozen `msgspec.Struct` as MessagePack; a frame is its length as an unsigned varint
+and then its bytes. Spec: protocols/README.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import msgspec
+
+from swarmpy.errors import BadMessage, FrameTooLarge
+
+MESSAGE_BYTES_MAX = 64 * 1024
+"""Largest message without tensors. Every control message of ours is far smaller."""
+
+VARINT_BYTES_MAX = 9
+"""Longest unsigned varint (multiformats): 63 bits."""
+
+T = TypeVar("T")
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """Encode a message as MessagePack."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes | bytearray | memoryview, kind: type[T]) -> T:
+    """Decode a message of `kind` (a Struct type or a tagged union), or say why it is none.
+
+    Raises:
+        FrameTooLarge: More than `MESSAGE_BYTES_MAX` bytes.
+        BadMessage: Not MessagePack, wrong types, a bound broken, or a NaN or Inf among the numbers.
+    """
+    if len(data) > MESSAGE_BYTES_MAX:
+        raise FrameTooLarge(f"message of {len(data)} bytes exceeds {MESSAGE_BYTES_MAX}")
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
+    try:
+        message = decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BadMessage(str(error)) from error
+    if not _is_finite(message):
+        raise BadMessage("a number is NaN or infinite")
+    return message  # type: ignore[no-any-return]
+
+
+def _is_finite(value: object) -> bool:
+    """Whether no float anywhere inside is NaN or infinite. Depth is bounded by the types."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, msgspec.Struct):
+        return all(_is_finite(getattr(value, name)) for name in value.__struct_fields__)
+    if isinstance(value, (list, tuple, frozenset)):
+        return all(_is_finite(item) for item in value)
+    if isinstance(value, dict):
+        return all(_is_finite(item) for item in value.values())
+    return True
+
+
+def encode_varint(value: int) -> bytes:
+    """Encode an unsigned varint (multiformats unsigned-varint)."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def decode_varint(data: bytes | bytearray | memoryview, offset: int = 0) -> tuple[int, int] | None:
+    """Decode an unsigned varint at `offset`.
+
+    Returns:
+        The value and the offset behind it, or None while bytes are missing.
+
+    Raises:
+        BadMessage: Longer than nine bytes, or not in its shortest form.
+    """
+    value = shift = 0
+    for index in range(offset, min(len(data), offset + VARINT_BYTES_MAX)):
+        byte = data[index]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            if byte == 0 and shift:
+                raise BadMessage("varint is not in its shortest form")
+            return value, index + 1
+        shift += 7
+    if len(data) - offset >= VARINT_BYTES_MAX:
+        raise BadMessage("varint of more than nine bytes")
+    return None
+
+
+def frame(payload: bytes) -> bytes:
+    """Return `payload` behind its length."""
+    return encode_varint(len(payload)) + payload

@@ -1,0 +1,53 @@
+"""The node's disk: one SQLite database, and files written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+
+from swarmpy.errors import ConfigError
+
+
+def open_database(path: Path, schema: str) -> sqlite3.Connection:
+    """Open (or create, mode 0600) a database and apply a schema of CREATE ... IF NOT EXISTS.
+
+    Every commit is on disk when it returns: a redeemed invite must survive a crash
+    (`synchronous=FULL`). A damaged file is set aside as `*.damaged` and a new one is made.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        if not path.exists():
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        return _open(path, schema)
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):
+            raise ConfigError(f"cannot use the database {path}: {error}") from error
+        os.replace(path, path.with_suffix(path.suffix + ".damaged"))
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        return _open(path, schema)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error
+
+
+def _open(path: Path, schema: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.executescript(schema)
+    return connection
+
+
+def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Write a file so that after a crash it holds the old bytes or the new, never both."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
