@@ -18,8 +18,8 @@ def open_database(path: Path, schema: str) -> sqlite3.Connection:
     Raises:
         ConfigError: The folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not path.exists():
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
         return _open(path, schema)
