@@ -477,6 +477,8 @@ class Engine(ABC):
     in_process: bool = False
     """True only for engines that cannot crash, hang or use real memory (the test engine): they run
     in the node itself. All others run in a child process."""
+    progress: Callable[[Progress], None] | None = None
+    """Set by whoever wants to hear how far a `load` is; an engine may call it from there."""
 
     @abstractmethod
     def inspect(self, folder: Path) -> Inspection:
@@ -519,6 +521,17 @@ class Progress:
     unit: str = "bytes"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLabel:
+    """What a source calls one of its models."""
+
+    name: str
+    """As used in requests; made unique on this machine by whoever lists it."""
+    display_name: str
+    origin: str
+    """Where it comes from, in words."""
+
+
 class ModelSource(ABC):
     """One place models come from: a folder, a package index, later a hub or a peer."""
 
@@ -529,8 +542,15 @@ class ModelSource(ABC):
         """Whether a model name as the user wrote it is this source's to resolve."""
 
     @abstractmethod
+    def label(self, model: str) -> ModelLabel:
+        """Return what a model that `matches` is called."""
+
+    @abstractmethod
     async def fetch(self, model: str, into: Path, progress: Callable[[Progress], None]) -> Path:
         """Bring the model's files into the machine-wide cache (or leave them where they are).
+
+        Args:
+            into: The machine-wide cache folder.
 
         Returns:
             The folder or GGUF file with the complete, verified source files.

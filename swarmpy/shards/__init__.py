@@ -1,0 +1,1 @@
+"""Models and their files: sources, the catalog, headers, manifests, and what is refused."""

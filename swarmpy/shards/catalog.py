@@ -1,0 +1,351 @@
+"""The models of this machine: what is here, under which name, and whether it is still intact.
+
+The catalog is one small file in the machine-wide cache folder, changed under a lock and written
+whole, so that any number of nodes and commands share it. It only ever lists models that somebody
+added on this machine; nothing a peer or client says adds one.
+Spec: protocols/manifest.md, section 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import trio
+
+from swarmpy.abc import ModelLabel, ModelSource, Progress
+from swarmpy.errors import DownloadFailed, ModelNotFound, ModelRefused
+from swarmpy.shards.describe import describe
+from swarmpy.shards.locks import hold_lock_blocking
+from swarmpy.shards.manifest import (
+    Format,
+    HashCache,
+    Manifest,
+    build_manifest,
+    is_model_id,
+    write_index,
+)
+from swarmpy.shards.sources import FolderSource, PackageSource, in_thread
+
+log = logging.getLogger(__name__)
+
+MODELS_MAX = 1000
+"""Models listed on one machine."""
+
+ID_PREFIX_MIN = 8
+"""Fewest hex digits of an id that are taken for a model: 32 bits do not collide by chance."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEntry:
+    """One model on this machine."""
+
+    model_id: str
+    """The hash of its manifest, 64 hex digits: equal on every machine that holds the same files."""
+    name: str
+    """As used in requests; lower case, unique on this machine."""
+    display_name: str
+    path: Path
+    """The folder in Hugging Face layout, or the GGUF: what an engine is given."""
+    format: Format
+    size_bytes: int
+    """Of the source files together."""
+    license: str
+    source: str
+    """Where it came from, in words."""
+    architecture: str
+    layer_count: int
+    parameter_count: int
+    context_max: int
+    quantization: str
+
+
+class _Record(msgspec.Struct, frozen=True):
+    """A listed model, with what it takes to verify it or to fetch it again."""
+
+    entry: ModelEntry
+    request: str
+    """What its source is asked for: a name or a path."""
+    manifest: Manifest
+
+
+class _Index(msgspec.Struct, frozen=True):
+    version: Annotated[int, msgspec.Meta(ge=1, le=1)]
+    models: Annotated[tuple[_Record, ...], msgspec.Meta(max_length=MODELS_MAX)]
+
+
+def ignore(progress: Progress) -> None:
+    """Do nothing with a report of progress."""
+
+
+class Catalog:
+    """Finds, adds, verifies and removes the models of this machine."""
+
+    def __init__(self, cache_folder: Path, *, sources: Sequence[ModelSource] | None = None) -> None:
+        """Args: cache_folder: Machine-wide. sources: In order; default: package and folder."""
+        self.cache_folder = cache_folder = Path(os.path.abspath(cache_folder))
+        self._sources = (PackageSource(), FolderSource()) if sources is None else tuple(sources)
+        self._hashes = HashCache(cache_folder)
+        self._path = cache_folder / "index" / "models.json"
+        self._lock = cache_folder / "locks" / "models.lock"
+
+    async def pull(self, model: str, progress: Callable[[Progress], None] = ignore) -> ModelEntry:
+        """Bring a model to this machine and list it; again is cheap and verifies or repairs it.
+
+        Args:
+            model: A listed name or id, a source's name, or a path. Callers vouch that an admin of
+                this machine asked for it: a path makes local files servable.
+
+        Raises:
+            ModelNotFound: Nothing is known by this name.
+            ModelRefused: The files ask for what a model must not do, or contradict themselves.
+            DownloadFailed: The files could not be fetched or did not verify.
+        """
+        record = self._match(model)
+        request = record.request if record else model
+        source = next((item for item in self._sources if item.matches(request)), None)
+        if source is None:
+            raise self._not_found(model)
+        path = await source.fetch(request, self.cache_folder, progress)
+        label = source.label(request)
+        manifest = await in_thread(
+            partial(build_manifest, path, self._hashes, source=label.origin), progress, "checking"
+        )
+        entry = await trio.to_thread.run_sync(_entry, path, manifest, label)
+        if isinstance(source, FolderSource):
+            request = str(path)
+        return await trio.to_thread.run_sync(
+            self._add, _Record(entry=entry, request=request, manifest=manifest)
+        )
+
+    async def verify(
+        self, entry: ModelEntry, progress: Callable[[Progress], None] = ignore
+    ) -> ModelEntry:
+        """Check that a listed model's files are still those of its id; do so before a load.
+
+        Unchanged files cost one `stat` each. A damaged package is fetched again.
+
+        Returns:
+            The entry as it is now.
+
+        Raises:
+            ModelNotFound: The model is no longer listed.
+            ModelRefused: Its files changed: they are another model now, or none.
+            DownloadFailed: The files were damaged and could not be fetched again.
+        """
+        record = self._record(entry.model_id)
+        source = next((item for item in self._sources if item.matches(record.request)), None)
+        if source is None:
+            raise self._not_found(record.request)
+        path = await source.fetch(record.request, self.cache_folder, progress)
+        manifest = await in_thread(
+            partial(build_manifest, path, self._hashes), progress, "checking"
+        )
+        if manifest.model_id != entry.model_id:
+            changed = _changed_files(record.manifest, manifest)
+            raise ModelRefused(
+                f"{record.entry.name}: {', '.join(changed)} changed since the model was added",
+                fix=f"Restore the files, or list them anew: swarmpy models pull {record.request}",
+            )
+        return record.entry
+
+    def list(self) -> Sequence[ModelEntry]:
+        """Return the listed models whose files are there with their sizes, by name."""
+        entries = [record.entry for record in self._read() if _is_present(record)]
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def find(self, name_or_id: str) -> ModelEntry:
+        """Return a model by its name (in any case), its id or the first digits of the id.
+
+        Raises:
+            ModelNotFound: No such model is here; the message lists names that come close.
+        """
+        record = self._match(name_or_id)
+        if record is None or not _is_present(record):
+            raise self._not_found(name_or_id)
+        return record.entry
+
+    def by_id(self, model_id: str) -> ModelEntry | None:
+        """Return the model with an id, None if it is not here."""
+        return next((entry for entry in self.list() if entry.model_id == model_id), None)
+
+    async def remove(self, name_or_id: str) -> ModelEntry:
+        """Take a model off the list, and delete its files if they lie in the cache.
+
+        Files in folders of the user's own are never deleted.
+
+        Raises:
+            ModelNotFound: No such model is listed.
+        """
+        record = self._match(name_or_id)
+        if record is None:
+            raise self._not_found(name_or_id)
+        await trio.to_thread.run_sync(self._remove, record)
+        return record.entry
+
+    # The index ------------------------------------------------------------------
+
+    def _add(self, record: _Record) -> ModelEntry:
+        """List a model, once by id and once by path, under a name nobody else has.
+
+        A copy in a folder does not displace the model where it is listed; a package does, so that
+        its name always means it. What a path held before is forgotten with its name kept.
+        """
+        entry = record.entry
+        is_named = record.request.lower() == entry.name
+        with self._changing() as records:
+            for item in records:
+                is_elsewhere = item.entry.path != entry.path and _is_present(item)
+                if item.entry.model_id == entry.model_id and is_elsewhere and not is_named:
+                    return item.entry
+            names = [item.entry.name for item in records if item.entry.path == entry.path]
+            records[:] = [
+                item
+                for item in records
+                if item.entry.path != entry.path and item.entry.model_id != entry.model_id
+            ]
+            if len(records) >= MODELS_MAX:
+                raise ModelRefused(
+                    f"{len(records)} models are listed, no more fit", fix="Remove some of them."
+                )
+            name = names[0] if names else self._free_name(record, records)
+            entry = dataclasses.replace(entry, name=name)
+            records.append(msgspec.structs.replace(record, entry=entry))
+            return entry
+
+    def _free_name(self, record: _Record, records: Sequence[_Record]) -> str:
+        """The wanted name, or it with a number, free and not another source's to give."""
+        taken = {item.entry.name for item in records}
+        wanted, number = record.entry.name, 1
+        name = wanted
+        while name in taken or (name != record.request.lower() and self._is_offered(name)):
+            number += 1
+            name = f"{wanted}-{number}"
+        return name
+
+    def _is_offered(self, name: str) -> bool:
+        return any(source.matches(name) for source in self._sources)
+
+    def _remove(self, record: _Record) -> None:
+        with self._changing() as records:
+            records[:] = [item for item in records if item.entry.name != record.entry.name]
+        path, models = record.entry.path, self.cache_folder / "models"
+        if path.parent.parent == models:
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+    def _record(self, model_id: str) -> _Record:
+        for record in self._read():
+            if record.entry.model_id == model_id:
+                return record
+        raise self._not_found(model_id)
+
+    def _match(self, name_or_id: str) -> _Record | None:
+        """The one record that a name, id or id prefix means."""
+        text, records = name_or_id.lower(), self._read()
+        for record in records:
+            if text in (record.entry.name, record.entry.model_id):
+                return record
+        if len(text) < ID_PREFIX_MIN or not is_model_id(text.ljust(64, "0")):
+            return None
+        found = [record for record in records if record.entry.model_id.startswith(text)]
+        return found[0] if len(found) == 1 else None
+
+    def _not_found(self, name: str) -> ModelNotFound:
+        if self._is_offered(name):
+            return ModelNotFound(
+                f"{name!r} is not on this machine yet", fix=f"swarmpy models pull {name.lower()}"
+            )
+        names = [entry.name for entry in self.list()]
+        close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+        if close:
+            return ModelNotFound(f"no model {name!r:.80} is here; did you mean {', '.join(close)}?")
+        return ModelNotFound(
+            f"no model {name!r:.80} is here (here: {', '.join(names[:20]) or 'none'})"
+        )
+
+    @contextmanager
+    def _changing(self) -> Iterator[MutableSequence[_Record]]:
+        """The records, to be changed in place; written when the block ends without an error."""
+        with hold_lock_blocking(self._lock):
+            records = self._read()
+            before = list(records)
+            yield records
+            if records != before:
+                index = _Index(version=1, models=tuple(records))
+                write_index(self._path, msgspec.json.encode(index, enc_hook=_encode_path))
+
+    def _read(self) -> MutableSequence[_Record]:
+        """The index's records. A damaged one is set aside: pulling a model lists it again."""
+        try:
+            data = self._path.read_bytes()
+            index = msgspec.json.decode(data, type=_Index, dec_hook=_decode_path)
+        except FileNotFoundError:
+            return []
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            log.warning("catalog.damaged", extra={"path": str(self._path)})
+            with suppress(FileNotFoundError):  # Another process was first.
+                os.replace(self._path, self._path.with_suffix(".damaged"))
+            return []
+        except OSError as error:
+            raise DownloadFailed(f"cannot read {self._path}: {error.strerror}") from error
+        return list(index.models)
+
+
+def _is_present(record: _Record) -> bool:
+    """Whether all files are there with their sizes; `verify` looks closer."""
+    path = record.entry.path
+    for file in record.manifest.files:
+        try:
+            status = (path / file.name if record.entry.format == "safetensors" else path).stat()
+        except OSError:
+            return False
+        if status.st_size != file.size:
+            return False
+    return True
+
+
+def _changed_files(before: Manifest, after: Manifest) -> Sequence[str]:
+    """Names of files that are not the same in both, in alphabetical order."""
+    return sorted({file.name for file in set(before.files) ^ set(after.files)})
+
+
+def _encode_path(value: object) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise NotImplementedError(f"no JSON form for {type(value)}")
+
+
+def _decode_path(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError(f"no JSON form for {kind}")
+
+
+def _entry(path: Path, manifest: Manifest, label: ModelLabel) -> ModelEntry:
+    """Describe a fetched model. Blocks: reads its headers."""
+    description = describe(path)
+    return ModelEntry(
+        model_id=manifest.model_id,
+        name=label.name,
+        display_name=label.display_name,
+        path=path,
+        format=manifest.format,
+        size_bytes=manifest.size_bytes,
+        license=description.license,
+        source=label.origin,
+        architecture=description.architecture,
+        layer_count=description.layer_count,
+        parameter_count=description.parameter_count,
+        context_max=description.context_max,
+        quantization=description.quantization,
+    )
