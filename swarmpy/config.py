@@ -40,13 +40,25 @@ RESETS_PER_SECOND_MAX = 100
 """Streams refused in one second before the connection is closed: a flood, not a mistake."""
 
 KEEPALIVE_INTERVAL_S = 5.0
-"""Silence after which a ping is sent."""
+"""Pause between two pings, which measure the round trip and keep the peer's own clock quiet."""
 
 KEEPALIVE_TIMEOUT_S = 12.0
 """Silence after which a peer is gone; any byte counts as life. Under 15 s with the timer."""
 
 STREAM_NEGOTIATION_TIMEOUT_S = 10.0
 """For multistream-select on one stream."""
+
+CONNECTIONS_PER_PEER_MAX = 4
+"""A simultaneous dial makes two, a redial of a path that died unnoticed a third."""
+
+DIAL_TIMEOUT_S = 5.0
+"""For one address to accept the connection; the handshake has its own time."""
+
+DIAL_STAGGER_S = 0.25
+"""Head start of an address over the next one of the same peer (as RFC 8305 recommends)."""
+
+DIAL_ADDRESSES_MAX = 16
+"""Addresses of one peer that one dial tries."""
 
 # Bounds: discovery and membership --------------------------------------------
 

@@ -141,6 +141,12 @@ class OfferRejected(PipelineError):
     """A peer refused the layers it was offered."""
 
 
+class StageBusy(PipelineError):
+    """A peer's memory is promised to a pipeline that another peer is assembling."""
+
+    advice = "Wait until the other request has its pipeline; it may serve this one too."
+
+
 class StageLost(PipelineError):
     """A stage of the pipeline went away during the reply."""
 
@@ -180,6 +186,12 @@ class NotAMember(MembershipError):
     """The peer is not a member of any network this node belongs to."""
 
     advice = "Ask a member for an invite (`swarmpy invite`) and run `swarmpy join CODE`."
+
+
+class StaleRecord(MembershipError):
+    """A signed record is over, or not yet valid, by this machine's clock."""
+
+    advice = "Check both machines' clocks."
 
 
 class InviteMalformed(MembershipError):

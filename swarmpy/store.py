@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from swarmpy.errors import ConfigError
@@ -39,6 +41,25 @@ def _open(path: Path, schema: str) -> sqlite3.Connection:
     connection.execute("PRAGMA synchronous=FULL")
     connection.executescript(schema)
     return connection
+
+
+@contextmanager
+def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """Run a block as one transaction: on disk when it ends, undone where it raises.
+
+    Raises:
+        ConfigError: The disk refused; nothing was changed.
+    """
+    try:
+        database.execute("BEGIN IMMEDIATE")
+        try:
+            yield database
+        except BaseException:
+            database.execute("ROLLBACK")
+            raise
+        database.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise ConfigError(f"the database cannot be written: {error}") from error
 
 
 def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:

@@ -56,6 +56,9 @@ def open_envelope(data: bytes, *, domain: str, payload_type: bytes) -> Envelope:
     if len(data) > ENVELOPE_BYTES_MAX:
         raise FrameTooLarge(f"envelope of {len(data)} bytes exceeds {ENVELOPE_BYTES_MAX}")
     fields = protobuf.decode(data)
+    if sorted(fields) != [1, 2, 3, 5] or any(len(values) != 1 for values in fields.values()):
+        # Unsigned room in an envelope would let anyone make many different ones of it.
+        raise BadMessage("an envelope has exactly a key, a type, a payload and a signature")
     key = protobuf.bytes_field(fields, 1)
     if protobuf.bytes_field(fields, 2) != payload_type:
         raise BadMessage("the envelope holds another type of payload")

@@ -1,0 +1,19 @@
+"""What discovery needs to know of membership, as plain callables that the node hands over."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from swarmpy.identity import PeerId
+from swarmpy.proto.membership import Membership, NetworkId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trust:
+    """Who is a member. Each is the method of the same name of `swarmpy.trust.membership`."""
+
+    is_member: Callable[[PeerId], bool]
+    confirm: Callable[[PeerId], Awaitable[bool]]
+    shared_networks: Callable[[PeerId], frozenset[NetworkId]]
+    own_memberships: Callable[[], Mapping[NetworkId, Membership]]

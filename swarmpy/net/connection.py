@@ -1,0 +1,492 @@
+"""A connection: Noise frames around Yamux frames over any byte stream, and the tasks that move it.
+
+Sending is synchronous: a frame is encrypted and offered to the kernel in one go, so no cancellation
+falls between its nonce and its bytes; only what the kernel refuses is left to the writer task.
+One task reads, one writes what is left over, one keeps watch. Spec: protocols/yamux.md.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import trio
+
+from swarmpy import config
+from swarmpy.abc import Address, ByteStream, Connection, Priority, ProtocolId
+from swarmpy.errors import (
+    ConnectionLost,
+    NetworkError,
+    PeerTimeout,
+    ProtocolError,
+    RemoteProtocolError,
+)
+from swarmpy.identity import PeerId
+from swarmpy.net.stream import NativeStream
+from swarmpy.proto.noise import (
+    FRAME_BYTES_MAX,
+    LENGTH_BYTES,
+    PLAINTEXT_BYTES_MAX,
+    TAG_BYTES,
+    Opener,
+    Sealer,
+)
+from swarmpy.proto.yamux import (
+    DataReceived,
+    Event,
+    GoAwayReceived,
+    PongReceived,
+    StreamEnded,
+    StreamOpened,
+    StreamWasReset,
+    WindowOpened,
+    Yamux,
+)
+
+RECEIVE_BYTES = 256 * 1024
+"""Asked of the kernel at a time; larger reads measured no faster."""
+
+JOINED_BYTES_MAX = 32 * 1024
+"""Up to here header and data share one Noise frame; a larger payload is encrypted where it lies."""
+
+BACKLOG_BYTES_MAX = 1024 * 1024
+"""Ciphertext the kernel refused: one data frame, and control frames of 128 streams many times over.
+Only a peer that asks and asks and never reads gets there."""
+
+UNREAD_BYTES_MAX = config.INBOUND_STREAMS_MAX * config.STREAM_WINDOW_BYTES
+"""Unread bytes of one connection, 16 MiB: every inbound stream's full window."""
+
+HANDLER_GRACE_S = 5.0
+"""Handlers may tidy up this long after their connection is gone; then they are cancelled."""
+
+_PING_VALUES = 1 << 32
+_RTT_GAIN = 0.125
+"""Weight of a new round trip in the smoothed one (as in RFC 6298)."""
+
+_park = trio.lowlevel.wait_task_rescheduled
+ServeStream = Callable[[NativeStream], Awaitable[None]]
+
+
+class Scratch:
+    """Buffers that all connections of a node use in turn, never across an await.
+
+    At rest a connection holds no buffer of its own: only a partial frame and what was refused.
+    """
+
+    def __init__(self) -> None:
+        overhead = LENGTH_BYTES + TAG_BYTES
+        self.received = memoryview(bytearray(RECEIVE_BYTES + LENGTH_BYTES + FRAME_BYTES_MAX))
+        self.sealed = memoryview(bytearray(2 * PLAINTEXT_BYTES_MAX + 2 * overhead))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Secured:
+    """What a handshake leaves behind: a proven peer, two ciphers, and bytes that came early."""
+
+    peer: PeerId
+    sealer: Sealer
+    opener: Opener
+    channel_binding: bytes
+    early_ciphertext: bytes = b""
+    early_plaintext: bytes = b""
+
+
+class NativeConnection(Connection):
+    """One authenticated connection. `run` must run for anything to move."""
+
+    def __init__(
+        self,
+        byte_stream: ByteStream,
+        secured: Secured,
+        *,
+        is_initiator: bool,
+        direction: Literal["inbound", "outbound"],
+        scratch: Scratch,
+    ) -> None:
+        self.peer = secured.peer
+        self.direction = direction
+        self.path = "direct"
+        self.limit = None
+        self.local_address: Address = byte_stream.local_address
+        self.remote_address: Address = byte_stream.remote_address
+        self.rtt_s = None
+        self.channel_binding = secured.channel_binding
+        self.is_initiator = is_initiator
+        self.unyielded = 0
+        """Bytes sent since a sending task last let others run."""
+        self._byte_stream = byte_stream
+        self._seal_into = secured.sealer.seal_into
+        self._open = secured.opener.open
+        self._yamux = Yamux(
+            is_initiator=is_initiator,
+            inbound_streams_max=config.INBOUND_STREAMS_MAX,
+            unread_bytes_max=UNREAD_BYTES_MAX,
+            resets_per_second_max=config.RESETS_PER_SECOND_MAX,
+        )
+        self._outbox = self._yamux.outbox
+        self._scratch = scratch
+        self._partial = secured.early_ciphertext
+        self._early_plaintext = secured.early_plaintext
+        self._streams: dict[int, NativeStream] = {}
+        self._backlog = bytearray()
+        self._writer: trio.lowlevel.Task | None = None
+        self._senders: tuple[deque[trio.lowlevel.Task], ...] = tuple(deque() for _ in Priority)
+        self._error: Exception | None = None
+        self._is_going_away = False
+        self._handlers: trio.Nursery | None = None
+        self._serve: ServeStream | None = None
+        self._heard_s = trio.current_time()
+        self._ping_value = 0
+        self._ping_sent_s = 0.0
+
+    def __repr__(self) -> str:
+        state = "open" if self.is_alive else "closed"
+        return f"<{self.direction} connection to {self.peer} at {self.remote_address}, {state}>"
+
+    # For users -----------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        return self._error is None and not self._is_going_away
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether bytes still move; a peer that went away may yet finish its open streams."""
+        return self._error is None
+
+    @property
+    def error(self) -> Exception | None:
+        """Why the connection ended, None while it lives."""
+        return self._error
+
+    @property
+    def stream_count(self) -> int:
+        """Streams open now, in either direction."""
+        return self._yamux.stream_count
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes received and not yet read by anybody, over all streams."""
+        return self._yamux.unread_bytes
+
+    def open_stream(self, protocol: ProtocolId, priority: Priority) -> NativeStream:
+        """Open a stream; nothing is sent until its first bytes are.
+
+        Raises:
+            ConnectionLost: The connection is closed or closing.
+        """
+        self.raise_if_lost()
+        if self._is_going_away:
+            raise ConnectionLost(f"{self.peer} takes no new streams on this connection")
+        stream_id = self._yamux.open()
+        stream = NativeStream(self, stream_id, protocol=protocol, priority=priority)
+        self._streams[stream_id] = stream
+        return stream
+
+    def close(self) -> None:
+        if self._error is None:
+            self._yamux.go_away()
+            self._flush()
+        self._fail(ConnectionLost("it was closed here"))
+
+    def close_for(self, error: Exception) -> None:
+        """Close because of an error of the peer's; streams and `error` will name it."""
+        self._fail(error)
+
+    async def run(self, serve: ServeStream) -> None:
+        """Move bytes until the connection ends; `serve` is run for each inbound stream.
+
+        Handlers still running then see `ConnectionLost` and are cancelled `HANDLER_GRACE_S` later.
+        """
+        self._serve = serve
+        try:
+            async with trio.open_nursery() as handlers:
+                self._handlers = handlers
+                async with trio.open_nursery() as pumps:
+                    pumps.start_soon(self._write)
+                    pumps.start_soon(self._keep_watch)
+                    await self._read()
+                    pumps.cancel_scope.cancel()
+                handlers.cancel_scope.deadline = trio.current_time() + HANDLER_GRACE_S
+        finally:
+            self.close()
+
+    # For streams: receiving ----------------------------------------------------
+
+    def raise_if_lost(self) -> None:
+        """Raise `ConnectionLost`, naming what ended the connection, if it has ended."""
+        if self._error is not None:
+            raise ConnectionLost(f"connection to {self.peer}: {self._error}") from self._error
+
+    def consumed(self, stream_id: int, size: int) -> None:
+        """Count bytes as read; half a window later the peer is told."""
+        self._yamux.consumed(stream_id, size)
+        if self._outbox:
+            self._flush()
+        self._forget_if_over(stream_id)
+
+    def put_back(self, stream_id: int, size: int) -> None:
+        """Count bytes as unread again."""
+        self._yamux.put_back(stream_id, size)
+
+    # For streams: sending ------------------------------------------------------
+
+    @property
+    def is_congested(self) -> bool:
+        """Whether the kernel refused bytes that are still waiting."""
+        return bool(self._backlog)
+
+    def window(self, stream_id: int) -> int:
+        """Return how many bytes a stream may send now."""
+        return self._yamux.window(stream_id)
+
+    def send_data(self, stream_id: int, data: memoryview) -> None:
+        """Encrypt one data frame and offer it to the kernel; the connection is not congested.
+
+        Args:
+            data: Within the stream's window and `FRAME_DATA_BYTES_MAX`; not kept.
+        """
+        header = self._yamux.data_header(stream_id, len(data))
+        if self._outbox:
+            self._flush()
+        if len(data) <= JOINED_BYTES_MAX:
+            self._seal_and_send(b"".join((header, data)))
+        else:
+            self._seal_and_send(header, data)
+
+    def close_write(self, stream_id: int) -> None:
+        """Send a stream's end."""
+        self._yamux.close_write(stream_id)
+        self._flush()
+        self._forget_if_over(stream_id)
+
+    def reset_stream(self, stream_id: int) -> None:
+        """Give a stream up."""
+        self._yamux.reset(stream_id)
+        self._flush()
+        self._streams.pop(stream_id, None)
+
+    async def wait_turn(self, priority: Priority) -> None:
+        """Wait until the backlog is gone and no more urgent sender waits.
+
+        Whoever was given the turn hands it on with `pass_turn`, whatever happens to it.
+        """
+        waiting = self._senders[priority]
+        task = trio.lowlevel.current_task()
+        waiting.append(task)
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            waiting.remove(task)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await _park(abort)
+
+    def pass_turn(self) -> None:
+        """Let the next sender go, the most urgent class first, in turn within a class."""
+        if self._backlog:
+            return
+        for waiting in self._senders:
+            if waiting:
+                trio.lowlevel.reschedule(waiting.popleft())
+                return
+
+    # Receiving -----------------------------------------------------------------
+
+    async def _read(self) -> None:
+        byte_stream = self._byte_stream
+        try:
+            self._take_early()
+            while self._error is None:
+                count = self._receive()
+                if count is None or count < RECEIVE_BYTES:
+                    await byte_stream.wait_readable()
+                else:
+                    # More is there; let those run who read it. Shielded: no frame is half taken.
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+        except (NetworkError, ProtocolError) as error:
+            self._fail(error)
+
+    def _take_early(self) -> None:
+        """Take what came together with the handshake's end."""
+        if self._early_plaintext:
+            self._take_plaintext(self._early_plaintext)
+            self._early_plaintext = b""
+        early = self._partial
+        if early:
+            self._scratch.received[: len(early)] = early
+            self._take_frames(len(early))
+
+    def _receive(self) -> int | None:
+        """Read once and take every whole frame; return the count read, None if nothing is there."""
+        buffer = self._scratch.received
+        held = len(self._partial)
+        count = self._byte_stream.receive_into_nowait(buffer[held : held + RECEIVE_BYTES])
+        if count is None:
+            return None
+        if count == 0:
+            raise ConnectionLost("the peer closed it")
+        if held:
+            buffer[:held] = self._partial
+        self._heard_s = trio.current_time()
+        self._take_frames(held + count)
+        return count
+
+    def _take_frames(self, end: int) -> None:
+        buffer = self._scratch.received
+        start = 0
+        while end - start >= LENGTH_BYTES:
+            body = start + LENGTH_BYTES
+            following = body + (buffer[start] << 8 | buffer[start + 1])
+            if following > end:
+                break
+            self._take_plaintext(self._open(buffer[body:following]))
+            start = following
+        self._partial = bytes(buffer[start:end]) if start < end else b""
+        if self._outbox:
+            self._flush()
+
+    def _take_plaintext(self, data: bytes) -> None:
+        for event in self._yamux.receive(data, self._heard_s):
+            if type(event) is DataReceived:
+                stream = self._streams.get(event.stream_id)
+                if stream is not None:
+                    stream.feed(event.data)
+            else:
+                self._take_event(event)
+
+    def _take_event(self, event: Event) -> None:
+        match event:
+            case StreamOpened(stream_id):
+                assert self._handlers is not None
+                stream = self._streams[stream_id] = NativeStream(self, stream_id)
+                self._handlers.start_soon(self._serve_stream, stream)
+            case WindowOpened(stream_id):
+                if stream_id in self._streams:
+                    self._streams[stream_id].window_opened()
+            case StreamEnded(stream_id):
+                if stream_id in self._streams:
+                    self._streams[stream_id].end()
+                    self._forget_if_over(stream_id)
+            case StreamWasReset(stream_id, by_peer):
+                if stream_id in self._streams:
+                    reason = "the peer gave it up" if by_peer else "too many bytes lay unread"
+                    self._streams.pop(stream_id).was_reset(reason)
+            case PongReceived(value):
+                self._take_pong(value)
+            case GoAwayReceived():
+                self._is_going_away = True
+
+    async def _serve_stream(self, stream: NativeStream) -> None:
+        assert self._serve is not None
+        try:
+            await self._serve(stream)
+        finally:
+            self._yamux.release(stream.stream_id)
+
+    def _forget_if_over(self, stream_id: int) -> None:
+        if not self._yamux.is_known(stream_id):
+            self._streams.pop(stream_id, None)
+
+    # Sending -------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        """Send the control frames that gathered; they go ahead of data that waits for its turn."""
+        if self._error is not None:
+            self._outbox.clear()
+        while self._outbox:
+            chunk = bytes(self._outbox[:JOINED_BYTES_MAX])
+            del self._outbox[:JOINED_BYTES_MAX]
+            self._seal_and_send(chunk)
+
+    def _seal_and_send(self, *frames: bytes | memoryview) -> None:
+        """Encrypt frames back to back and send what the kernel takes of them."""
+        if self._error is not None:
+            return
+        sealed = self._scratch.sealed
+        end = 0
+        try:
+            for frame in frames:
+                end = self._seal_into(frame, sealed, end)
+            sent = 0 if self._backlog else self._byte_stream.send_nowait(sealed[:end])
+        except (NetworkError, ProtocolError) as error:
+            self._fail(error)
+            return
+        if sent < end:
+            self._backlog += sealed[sent:end]
+            if len(self._backlog) > BACKLOG_BYTES_MAX:
+                self._fail(RemoteProtocolError("the peer asks but does not read", penalty=10))
+            self._wake_writer()
+
+    async def _write(self) -> None:
+        """Send the backlog whenever there is one, then let waiting senders go on."""
+        byte_stream = self._byte_stream
+        while self._error is None:
+            if not self._backlog:
+                self.pass_turn()
+                self._writer = trio.lowlevel.current_task()
+                await _park(self._abort_writer)
+                continue
+            await byte_stream.wait_writable()
+            try:
+                with memoryview(self._backlog) as view:
+                    sent = byte_stream.send_nowait(view)
+            except NetworkError as error:
+                self._fail(error)
+                return
+            if sent == len(self._backlog):
+                self._backlog = bytearray()
+            else:
+                del self._backlog[:sent]
+
+    def _abort_writer(self, _: object) -> trio.lowlevel.Abort:
+        self._writer = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    def _wake_writer(self) -> None:
+        task, self._writer = self._writer, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
+
+    # Keeping watch -------------------------------------------------------------
+
+    async def _keep_watch(self) -> None:
+        """Ping now and then, and give up on a peer that has been silent too long."""
+        while True:
+            now_s = trio.current_time()
+            left_s = self._heard_s + config.KEEPALIVE_TIMEOUT_S - now_s
+            if left_s <= 0:
+                timeout_s = config.KEEPALIVE_TIMEOUT_S
+                self._fail(PeerTimeout(f"nothing was heard for {timeout_s:.0f} s"))
+                return
+            self._ping_value = (self._ping_value + 1) % _PING_VALUES
+            self._ping_sent_s = now_s
+            self._yamux.ping(self._ping_value)
+            self._flush()
+            await trio.sleep(min(config.KEEPALIVE_INTERVAL_S, left_s))
+
+    def _take_pong(self, value: int) -> None:
+        if value != self._ping_value or not self._ping_sent_s:
+            return
+        sample_s = self._heard_s - self._ping_sent_s
+        self._ping_sent_s = 0.0
+        before_s = self.rtt_s
+        self.rtt_s = sample_s if before_s is None else before_s + _RTT_GAIN * (sample_s - before_s)
+
+    # The end -------------------------------------------------------------------
+
+    def _fail(self, error: Exception) -> None:
+        """End the connection: everybody who waits on it wakes and finds it ended."""
+        if self._error is not None:
+            return
+        self._error = error
+        self._backlog = bytearray()
+        self._partial = b""
+        self._byte_stream.close()
+        self._wake_writer()
+        for waiting in self._senders:
+            while waiting:
+                trio.lowlevel.reschedule(waiting.popleft())
+        for stream in list(self._streams.values()):
+            stream.connection_closed()

@@ -1,0 +1,704 @@
+"""The node: composition root and public API.
+
+Everything a node is made of is made here and wired together by plain callables; no service knows
+another. `Node.open` gives a running node, `generate` a reply, `join` and `create_invite` a network.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import trio
+
+from swarmpy.abc import Address, DiscoverySource, Progress
+from swarmpy.config import INVITE_TTL_S, Config
+from swarmpy.discovery.cache import PeerCache
+from swarmpy.discovery.mdns import MdnsSource
+from swarmpy.discovery.service import Discovery, PeerView
+from swarmpy.discovery.trust import Trust
+from swarmpy.environment import Environment, available_memory_bytes
+from swarmpy.errors import ConfigError, EngineLost, ModelNotFound, NoPipeline, StageLost
+from swarmpy.extensions import engine_names
+from swarmpy.identity import Identity, PeerId
+from swarmpy.net.host import NativeHost
+from swarmpy.net.tcp import TcpNetwork
+from swarmpy.pipeline.assembler import Assembler
+from swarmpy.pipeline.coordinator import Pipeline
+from swarmpy.pipeline.engine_host import EngineHost
+from swarmpy.pipeline.planner import Capacity
+from swarmpy.pipeline.session import Generation, generate
+from swarmpy.pipeline.stage import StageService
+from swarmpy.proto.announce import AnnouncedModel, AnnouncedShard, Announcement
+from swarmpy.proto.invite import words_of
+from swarmpy.proto.pipeline import Sampling
+from swarmpy.shards.catalog import Catalog, ModelEntry
+from swarmpy.status import (
+    InviteCreated,
+    InviteShown,
+    Joined,
+    ModelStatus,
+    NetworkStatus,
+    NodeStatus,
+    PeerStatus,
+    PipelineView,
+)
+from swarmpy.store import write_file
+from swarmpy.trust.membership import Membership
+
+logger = logging.getLogger(__name__)
+
+VERSION = version("swarmpy")
+AGENT = f"swarmpy/{VERSION}"
+
+MEMORY_SHARE = 0.75
+"""Part of the available memory a node offers where no budget is set: the rest stays its owner's."""
+
+PORTS_FILE = "ports.json"
+"""Ports of the last run: a restarted node is found at once where it was."""
+
+SPEED_FILE = "speed.json"
+"""Speed of the engine in the last run, by engine: a first plan need not guess."""
+
+
+def ignore_progress(_: Progress) -> None:
+    """Take progress that nobody watches."""
+
+
+class Node:
+    """A running node. Made by `Node.open`; everything it started ends with the `async with` block.
+
+    Attributes:
+        host: Register an application's own protocols here (`host.set_handler`).
+        membership: Networks, invites, members.
+        discovery: Peers and their announcements.
+        catalog: Models of this machine.
+    """
+
+    def __init__(self, config: Config, environment: Environment) -> None:
+        """Make the parts; `Node.open` runs them."""
+        self.config = config
+        self.environment = environment
+        folder = environment.folder
+        self.identity = Identity.load_or_create(folder / "identity.key", environment.random)
+        self.peer_id: PeerId = self.identity.peer_id
+        self.name = config.node.name or self.peer_id[-8:]
+        self.host = NativeHost(
+            self.identity,
+            environment.network,
+            random=environment.random,
+            agent=AGENT,
+            wall_time=environment.wall_time,
+        )
+        self.membership = Membership(
+            identity=self.identity,
+            name=self.name,
+            folder=folder,
+            environment=environment,
+            host=self.host,
+        )
+        self.catalog = Catalog(environment.cache_folder)
+        self.engine = _make_engine(config, environment.cache_folder)
+        memory_bytes = config.engine.memory_bytes_max or int(
+            available_memory_bytes() * MEMORY_SHARE
+        )
+        self.stages = StageService(
+            self.host,
+            self.engine,
+            memory_bytes_max=memory_bytes if self.engine else 0,
+            find_model=self._model_path,
+            verify_model=self._verified_path,
+            connect=self._connect,
+            on_change=self._announce_holdings,
+        )
+        self.assembler = Assembler(
+            self.stages,
+            config=config.engine,
+            capacities=self._capacities,
+            random=environment.random,
+            model_name=self._model_name,
+        )
+        self._cache = PeerCache(folder / "peers.db")
+        self.discovery = Discovery(
+            host=self.host,
+            environment=environment,
+            identity=self.identity,
+            name=self.name,
+            config=config.network,
+            trust=Trust(
+                is_member=self.membership.is_member,
+                confirm=self.membership.confirm,
+                shared_networks=self.membership.shared_networks,
+                own_memberships=self.membership.own_memberships,
+            ),
+            sources=self._sources(),
+            cache=self._cache,
+        )
+        self._speed_before_bytes_s = self._read_speed()
+        self._started_s = 0.0
+        self._stopping = trio.Event()
+        self._replies: set[Generation] = set()
+        self._idle = trio.Event()
+        self._members_changed = trio.Event()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, config: Config, environment: Environment) -> AsyncIterator[Node]:
+        """Open a node: listen, meet the members of its networks, serve.
+
+        Raises:
+            ConfigError: A setting cannot be followed (an address is taken, a folder not writable).
+            ExtensionNotFound: The configured engine is not installed.
+        """
+        environment.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        node = cls(config, environment)
+        caught: list[BaseException] = []
+        try:
+            async with trio.open_nursery() as nursery:
+                try:
+                    await node._start(nursery)
+                    yield node
+                except BaseException as error:
+                    caught.append(error)
+                    raise
+                finally:
+                    nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            # The caller's own error comes back as it was, not as a group of one.
+            if group.exceptions == tuple(caught):
+                raise caught[0] from caught[0].__cause__
+            raise
+        finally:
+            node._keep_speed()
+            node.host.close()
+            node.membership.close()
+            node._cache.close()
+
+    async def _start(self, nursery: trio.Nursery) -> None:
+        self._started_s = trio.current_time()
+        self.membership.on_member(self.discovery.member_joined)
+        self.membership.on_member(self._tell_members_changed)
+        self.discovery.on_announcement(self._tell_members_changed)
+        self.membership.on_lost(self.discovery.member_lost)
+        self.membership.on_network(self.discovery.networks_changed)
+        await nursery.start(self.host.run)
+        await self._listen()
+        if self.engine is not None:
+            await nursery.start(self.engine.run)
+        await nursery.start(self.stages.run)
+        await nursery.start(self.assembler.run)
+        self.discovery.announce(
+            agent=AGENT,
+            boot_id=self.environment.random.randbytes(8).hex(),
+            machine_id=_machine_id(self.environment),
+            engine=self._engine_name,
+        )
+        self._announce_models()
+        self._announce_holdings()
+        await nursery.start(self.membership.run)
+        await nursery.start(self.discovery.run)
+
+    async def _listen(self) -> None:
+        """Listen where the settings say; port 0 is the port of the last run, while it is free."""
+        path = self.environment.folder / PORTS_FILE
+        ports = _read_json(path)
+        bound: dict[str, str] = {}
+        for wanted in self.config.network.listen:
+            bound[wanted] = await self._listen_at(wanted, ports.get(wanted))
+        if bound != ports:
+            write_file(path, json.dumps(bound).encode())
+
+    async def _listen_at(self, wanted: str, before: object) -> str:
+        if isinstance(before, str) and wanted.endswith("/tcp/0"):
+            try:
+                return await self.host.listen(Address(before))
+            except ConfigError:
+                logger.debug("port.taken", extra={"address": before})
+        return await self.host.listen(Address(wanted))
+
+    def _sources(self) -> list[DiscoverySource]:
+        sources: list[DiscoverySource] = [self._cache]
+        if self.config.network.mdns and self.environment.mdns:
+            sources.append(MdnsSource(self.peer_id, lambda: self.host.addresses, self.environment))
+        return sources
+
+    # Replies ---------------------------------------------------------------------
+
+    async def generate(
+        self,
+        model: str,
+        token_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        max_tokens: int,
+        stop_ids: Sequence[int] = (),
+        on_progress: Callable[[Progress], None] = ignore_progress,
+    ) -> Generation:
+        """Start a reply and return it as an async iterator of tokens; close it in any case.
+
+        Args:
+            model: Name or id of a model that is known here.
+            token_ids: The prompt.
+            max_tokens: Most tokens of the reply.
+            stop_ids: Tokens that end the reply and are not part of it.
+            on_progress: Told what a reply that must wait is waiting for.
+
+        Raises:
+            ModelNotFound: No model of that name is known here.
+            NoPipeline: The connected members cannot hold the model, or the node is stopping.
+            SamplingError, ContextExceeded: The request asks for what is out of range.
+        """
+        start = partial(
+            generate,
+            token_ids=token_ids,
+            spec=sampling,
+            max_tokens=max_tokens,
+            stop_ids=stop_ids,
+            step_timeout_s=self.config.engine.step_timeout_s,
+            on_progress=on_progress,
+            on_close=self._reply_closed,
+        )
+        pipeline = await self._pipeline_for(model, on_progress)
+        try:
+            generation = await start(pipeline, session_id=self._new_id())
+        except (StageLost, EngineLost):
+            # Lost while the reply had not begun: nothing was sent that a new ring could contradict.
+            pipeline = await self._pipeline_for(model, on_progress)
+            generation = await start(pipeline, session_id=self._new_id())
+        self._replies.add(generation)
+        return generation
+
+    def _new_id(self) -> bytes:
+        return self.environment.random.randbytes(16)
+
+    async def prepare(
+        self, model: str, *, on_progress: Callable[[Progress], None] = ignore_progress
+    ) -> PipelineView:
+        """Assemble a model's pipeline (plan, offer, load) without a reply; raises as `generate`."""
+        return (await self._pipeline_for(model, on_progress)).view()
+
+    async def check_plan(self, model: str) -> None:
+        """Check that a pipeline for a model is ready or could be planned now; nothing is loaded.
+
+        Raises:
+            ModelNotFound, NoPipeline: As `generate`.
+        """
+        await self.assembler.plan_for(self.catalog.find(model).model_id)
+
+    async def _pipeline_for(self, model: str, on_progress: Callable[[Progress], None]) -> Pipeline:
+        if self._stopping.is_set():
+            raise NoPipeline("this node is stopping", fix="Ask another node, or start it again.")
+        found = self.catalog.find(model)
+        return await self.assembler.pipeline_for(found.model_id, on_progress=on_progress)
+
+    def _reply_closed(self, generation: Generation) -> None:
+        self._replies.discard(generation)
+        if self._stopping.is_set() and not self._replies:
+            self._idle.set()
+
+    def request_stop(self) -> None:
+        """Admit no more requests; replies that are under way finish."""
+        self._stopping.set()
+        if not self._replies:
+            self._idle.set()
+
+    async def wait_stopping(self) -> None:
+        """Wait until somebody has asked the node to stop."""
+        await self._stopping.wait()
+
+    async def wait_idle(self) -> None:
+        """Wait until, after `request_stop`, the last reply is closed."""
+        await self._idle.wait()
+
+    # Membership ------------------------------------------------------------------
+
+    async def create_invite(
+        self, *, ttl_s: float = INVITE_TTL_S, uses: int = 1, can_invite: bool = True
+    ) -> InviteCreated:
+        """Make an invite into the network joined or made last; the first call makes a network.
+
+        Raises:
+            NotAMember: This node may not invite into its network.
+            ConfigError: The life or number of uses is out of range.
+        """
+        self.found_network()
+        created = await self.membership.create_invite(ttl_s=ttl_s, uses=uses, can_invite=can_invite)
+        return InviteCreated(
+            code=created.code,
+            words=" ".join(created.words),
+            network=created.network_name,
+            expires_wall_s=created.expires_wall_s,
+            uses=created.uses,
+        )
+
+    def found_network(self) -> None:
+        """Make this node's own network, unless it belongs to one already."""
+        if not self.membership.networks():
+            self.membership.create_network()
+
+    async def inspect_invite(self, code: str) -> InviteShown:
+        """Read what an invite says, without redeeming it.
+
+        Raises:
+            InviteMalformed, InviteExpired: As they say.
+        """
+        shown = await self.membership.inspect_invite(code)
+        return InviteShown(
+            network=shown.network_name,
+            network_id=shown.network_id,
+            issuer=shown.issuer_name,
+            issuer_peer=shown.issuer,
+            words=" ".join(shown.words),
+            scope="; ".join(shown.scope),
+            expires_wall_s=shown.expires_wall_s,
+        )
+
+    async def join(self, code: str) -> Joined:
+        """Redeem an invite at its issuer; on return issuer and this node serve each other.
+
+        Raises:
+            MembershipError: The code is malformed, expired, used or another peer's.
+            DialFailed: The issuer cannot be reached.
+        """
+        started_s = trio.current_time()
+        joined = await self.membership.redeem(code)
+        words = await trio.to_thread.run_sync(words_of, joined.network_id)
+        return Joined(
+            network=joined.network_name,
+            network_id=joined.network_id,
+            issuer=joined.issuer_name,
+            words=" ".join(words),
+            seconds=trio.current_time() - started_s,
+        )
+
+    async def wait_members(self, count: int) -> None:
+        """Wait until `count` other members are connected and have said what they offer."""
+        while len(self._members()) < count:
+            await self._members_changed.wait()
+
+    def _tell_members_changed(self, _: object) -> None:
+        self._members_changed.set()
+        self._members_changed = trio.Event()
+
+    # Models ----------------------------------------------------------------------
+
+    async def pull(
+        self, model: str, *, on_progress: Callable[[Progress], None] = ignore_progress
+    ) -> ModelStatus:
+        """Fetch a model's files, or check those that are here, and offer it from now on.
+
+        Raises:
+            ModelNotFound, DownloadFailed, ModelRefused: As they say.
+        """
+        entry = await self.catalog.pull(model, on_progress)
+        self._announce_models()
+        return self._model_status(entry)
+
+    def models(self) -> list[ModelStatus]:
+        """Return the models that this machine has or that connected members announce, by name."""
+        found = {entry.model_id: self._model_status(entry) for entry in self.catalog.list()}
+        for announcement in self._members():
+            for model in announcement.models:
+                if model.model_id not in found:
+                    found[model.model_id] = ModelStatus(
+                        model_id=model.model_id,
+                        name=model.name,
+                        display_name=model.display_name,
+                        size_bytes=model.size_bytes,
+                        layer_count=model.layer_count,
+                        is_local=False,
+                        is_ready=False,
+                        peers=self._holders(model.model_id),
+                    )
+        return sorted(found.values(), key=lambda status: status.name)
+
+    def _model_status(self, entry: ModelEntry) -> ModelStatus:
+        return ModelStatus(
+            model_id=entry.model_id,
+            name=entry.name,
+            display_name=entry.display_name,
+            size_bytes=entry.size_bytes,
+            layer_count=entry.layer_count,
+            is_local=True,
+            is_ready=any(view.model_id == entry.model_id for view in self.pipelines()),
+            peers=self._holders(entry.model_id),
+            path=str(entry.path),
+            license=entry.license,
+            source=entry.source,
+            architecture=entry.architecture,
+            quantization=entry.quantization,
+            context_max=entry.context_max,
+            parameter_count=entry.parameter_count,
+        )
+
+    def _holders(self, model_id: str) -> tuple[str, ...]:
+        return tuple(
+            announcement.name
+            for announcement in self._members()
+            if any(model.model_id == model_id for model in announcement.models)
+        )
+
+    def _model_path(self, model_id: str) -> Path | None:
+        entry = self.catalog.by_id(model_id)
+        return entry.path if entry else None
+
+    async def _verified_path(self, model_id: str) -> Path:
+        """Check a model's files before they are loaded, and repair what can be fetched again."""
+        entry = self.catalog.by_id(model_id)
+        if entry is None:
+            raise ModelNotFound(f"this node does not have model {model_id}")
+        return (await self.catalog.verify(entry)).path
+
+    # Status ----------------------------------------------------------------------
+
+    def pipelines(self) -> list[PipelineView]:
+        """Return the ready pipelines this node coordinates."""
+        return self.assembler.pipelines()
+
+    def peers(self) -> list[PeerStatus]:
+        """Return every peer known, this node first, then in PeerId order."""
+        return [self._own_status(), *(self._peer_status(view) for view in self.discovery.peers())]
+
+    def status(self) -> NodeStatus:
+        """Return what the node is doing."""
+        return NodeStatus(
+            peer=self.peer_id,
+            name=self.name,
+            version=VERSION,
+            addresses=tuple(self.host.addresses),
+            networks=tuple(self._network_statuses()),
+            engine=self._engine_name,
+            memory_bytes_max=self.stages.memory_bytes_max,
+            memory_bytes_free=self.stages.memory_bytes_free,
+            peers_connected=len(self.membership.members()),
+            pipelines=tuple(self.pipelines()),
+            shards=self._own_shards(),
+            uptime_s=trio.current_time() - self._started_s,
+            is_stopping=self._stopping.is_set(),
+        )
+
+    def _network_statuses(self) -> list[NetworkStatus]:
+        members = self.membership.members()
+        return [
+            NetworkStatus(
+                id=network.id,
+                name=network.name,
+                words=" ".join(words_of(network.id)),
+                is_founder=network.is_founder,
+                can_invite=network.can_invite,
+                members_connected=sum(
+                    network.id in self.membership.shared_networks(peer) for peer in members
+                ),
+                expires_wall_s=network.not_after_wall_s,
+            )
+            for network in self.membership.networks()
+        ]
+
+    def _own_shards(self) -> tuple[str, ...]:
+        return tuple(
+            f"{self._model_name(shard.model_id)} {shard.start}-{shard.end - 1}"
+            for shard in self.stages.shards
+        )
+
+    def _model_name(self, model_id: str) -> str:
+        entry = self.catalog.by_id(model_id)
+        return entry.name if entry else model_id[:12]
+
+    def _own_status(self) -> PeerStatus:
+        return PeerStatus(
+            peer=self.peer_id,
+            name=self.name,
+            state="self",
+            addresses=tuple(self.host.addresses),
+            source="",
+            path="",
+            rtt_ms=0.0,
+            networks=tuple(network.name for network in self.membership.networks()),
+            engine=self._engine_name,
+            memory_bytes_max=self.stages.memory_bytes_max,
+            memory_bytes_free=self.stages.memory_bytes_free,
+            models=tuple(entry.name for entry in self.catalog.list()),
+            shards=self._own_shards(),
+            agent=AGENT,
+        )
+
+    def _peer_status(self, view: PeerView) -> PeerStatus:
+        told = self.discovery.announcement(view.peer)
+        connection = self.host.connection_to(view.peer)
+        names = {network.id: network.name for network in self.membership.networks()}
+        shared = self.membership.shared_networks(view.peer)
+        shards = told.shards if told else ()
+        return PeerStatus(
+            peer=view.peer,
+            name=view.name,
+            state=view.state,
+            addresses=tuple(view.addresses),
+            source=view.source,
+            path=connection.path if connection else "",
+            rtt_ms=view.rtt_ms,
+            networks=tuple(names[network] for network in names if network in shared),
+            engine=told.engine if told else "",
+            memory_bytes_max=told.memory_bytes_max if told else 0,
+            memory_bytes_free=told.memory_bytes_free if told else 0,
+            models=tuple(model.name for model in told.models) if told else (),
+            shards=tuple(
+                f"{self._model_name(shard.model_id)} {shard.start}-{shard.end - 1}"
+                for shard in shards
+            ),
+            agent=told.agent if told else "",
+        )
+
+    # What the services ask each other -----------------------------------------------
+
+    def _members(self) -> list[Announcement]:
+        """Announcements of the members that are connected now."""
+        return [
+            announcement
+            for announcement in self.discovery.announcements()
+            if self.membership.is_member(PeerId(announcement.peer))
+        ]
+
+    async def _connect(self, peer: PeerId) -> object:
+        """Connect to a member known only by its announcement, and prove membership."""
+        announcement = self.discovery.announcement(peer)
+        if not self.membership.is_member(peer):
+            addresses = announcement.addresses if announcement else ()
+            await self.host.dial(peer, [Address(address) for address in addresses])
+            await self.membership.confirm(peer)
+        return self.host.connection_to(peer)
+
+    def _capacities(self, model_id: str) -> list[Capacity]:
+        """What each member that may take part offers for a model, this node included."""
+        capacities = [self._own_capacity(model_id)] if self.engine else []
+        for announcement in self._members():
+            if announcement.engine:
+                capacities.append(self._capacity(announcement, model_id))
+        return capacities
+
+    def _own_capacity(self, model_id: str) -> Capacity:
+        return Capacity(
+            peer=self.peer_id,
+            name=self.name,
+            memory_bytes=self.stages.memory_bytes_max,
+            speed_bytes_s=self._speed(),
+            rtt_s={
+                connection.peer: connection.rtt_s
+                for connection in self.host.connections
+                if connection.rtt_s is not None
+            },
+            holds_model=self._model_path(model_id) is not None,
+            engine=self._engine_name,
+            shards=tuple(
+                (shard.start, shard.end)
+                for shard in self.stages.shards
+                if shard.model_id == model_id
+            ),
+        )
+
+    def _capacity(self, announcement: Announcement, model_id: str) -> Capacity:
+        return Capacity(
+            peer=PeerId(announcement.peer),
+            name=announcement.name,
+            memory_bytes=announcement.memory_bytes_max,
+            speed_bytes_s=announcement.speed_bytes_s,
+            holds_model=any(model.model_id == model_id for model in announcement.models),
+            engine=announcement.engine,
+            shards=tuple(
+                (shard.start, shard.end)
+                for shard in announcement.shards
+                if shard.model_id == model_id
+            ),
+        )
+
+    def _announce_models(self) -> None:
+        models = self.catalog.list() if self.engine else []
+        self.discovery.announce(
+            models=tuple(
+                AnnouncedModel(
+                    model_id=entry.model_id,
+                    name=entry.name,
+                    display_name=entry.display_name[:64],
+                    size_bytes=entry.size_bytes,
+                    layer_count=entry.layer_count,
+                )
+                for entry in models[:16]
+            )
+        )
+
+    def _announce_holdings(self) -> None:
+        self.discovery.announce(
+            memory_bytes_max=self.stages.memory_bytes_max,
+            memory_bytes_free=self.stages.memory_bytes_free,
+            speed_bytes_s=self._speed(),
+            shards=tuple(
+                AnnouncedShard(model_id=shard.model_id, start=shard.start, end=shard.end)
+                for shard in self.stages.shards[:16]
+            ),
+        )
+
+    def _speed(self) -> float:
+        """Weight bytes a second in decode: of this run's steps, else of the last run's."""
+        return self.stages.speed_bytes_s or self._speed_before_bytes_s
+
+    def _read_speed(self) -> float:
+        """The speed this node measured in its last run with this engine, 0 without one."""
+        speed = _read_json(self.environment.folder / SPEED_FILE).get(self._engine_name, 0.0)
+        return float(speed) if isinstance(speed, (int, float)) else 0.0
+
+    def _keep_speed(self) -> None:
+        if self.engine is not None and self.stages.speed_bytes_s:
+            speeds = {self._engine_name: self.stages.speed_bytes_s}
+            write_file(self.environment.folder / SPEED_FILE, json.dumps(speeds).encode())
+
+    @property
+    def _engine_name(self) -> str:
+        return self.engine.engine_name if self.engine else ""
+
+
+def _make_engine(config: Config, cache_folder: Path) -> EngineHost | None:
+    """The configured engine, else the first installed; None on a node that only routes."""
+    name = config.engine.name
+    if not name:
+        installed = engine_names()
+        if not installed:
+            return None
+        name = installed[0]
+    return EngineHost(name, config=config.engine, cache_folder=cache_folder)
+
+
+def _read_json(path: Path) -> Mapping[str, object]:
+    """Return what a small file of ours holds; one that is missing or damaged holds nothing."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def local_environment(folder: Path, *, cache_folder: Path | None = None) -> Environment:
+    """Return the real world for a node: TCP, this machine's clocks and randomness.
+
+    Args:
+        folder: The node's data folder.
+        cache_folder: Of model files; None: the user's, as the command line uses it.
+    """
+    from platformdirs import user_cache_path
+
+    cache = cache_folder or user_cache_path("swarmpy", appauthor=False)
+    return Environment(network=TcpNetwork(), folder=folder, cache_folder=cache)
+
+
+def _machine_id(environment: Environment) -> str:
+    """Return a random id that this machine's nodes share: who shares it shares its cores."""
+    path = environment.cache_folder / "run" / "machine"
+    try:
+        return path.read_text("ascii")[:32]
+    except (OSError, UnicodeDecodeError):
+        made = environment.random.randbytes(8).hex()
+        write_file(path, made.encode())
+        return made

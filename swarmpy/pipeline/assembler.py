@@ -1,0 +1,442 @@
+"""Assembler: a ready pipeline for a model, or plan, offer, load, and roll back on a refusal.
+
+All stages accept before any loads, and all load at once. What a peer refused is planned around
+once. Ready pipelines are kept until a stage is lost.
+Spec: protocols/pipeline.md, section "Assembly".
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+
+import trio
+
+from swarmpy.abc import Inspection, Priority, Progress
+from swarmpy.config import EngineConfig
+from swarmpy.errors import (
+    EngineLost,
+    ModelError,
+    ModelNotFound,
+    NetworkError,
+    NoPipeline,
+    PeerTimeout,
+    PipelineError,
+    ProtocolError,
+    StageLost,
+    SwarmError,
+)
+from swarmpy.identity import PeerId, RandomBytes
+from swarmpy.net.messages import MessageStream
+from swarmpy.pipeline.coordinator import OfferRefused, Pipeline, StageClient
+from swarmpy.pipeline.links import PROTOCOL, carry, control_pair
+from swarmpy.pipeline.planner import Capacity, Plan, plan
+from swarmpy.pipeline.stage import StageService, inspection_of
+from swarmpy.proto.pipeline import Describe, Described, Description, Offer, Report
+from swarmpy.status import PipelineView
+
+logger = logging.getLogger(__name__)
+
+OFFER_TIMEOUT_S = 150.0
+"""From an offer to its answer: the peer may have to start an engine to inspect the model."""
+
+PLANS_MAX = 3
+"""Plans tried for one request: what was announced may be out of date."""
+
+BUSY_WAIT_S = 1800.0
+"""Longest wait for other coordinators' assemblies: a large model loads from a slow disk."""
+
+BUSY_PAUSE_S = 0.3
+"""Between two tries at a ring that another coordinator is assembling: many offers' round trips."""
+
+Capacities = Callable[[str], Sequence[Capacity]]
+"""What this node and each connected member offer for a model, by model id."""
+
+
+def _ignore(progress: Progress) -> None:
+    pass
+
+
+class Assembler:
+    """Keeps this node's ready pipelines. `run` must be running for anything else to work."""
+
+    def __init__(
+        self,
+        service: StageService,
+        *,
+        config: EngineConfig,
+        capacities: Capacities,
+        random: RandomBytes,
+        model_name: Callable[[str], str] = str,
+    ) -> None:
+        """Args:
+        random: Draws pipeline ids (`environment.random`).
+        model_name: A model's name for people, by model id.
+        """
+        self._service = service
+        self._host = service.host
+        self._config = config
+        self._capacities = capacities
+        self._random = random
+        self._model_name = model_name
+        self._pipelines: dict[str, Pipeline] = {}
+        self._assembling: dict[str, tuple[trio.Lock, int]] = {}
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; then release every stage."""
+        task_status.started()
+        try:
+            await trio.sleep_forever()
+        finally:
+            for pipeline in list(self._pipelines.values()):
+                pipeline.close(StageLost("the node is stopping"))
+
+    def pipelines(self) -> list[PipelineView]:
+        """The ready pipelines, by model id."""
+        return [self._pipelines[model_id].view() for model_id in sorted(self._pipelines)]
+
+    def ready(self, model_id: str) -> Pipeline | None:
+        """The ready pipeline of a model, None where there is none or it has just been lost."""
+        pipeline = self._pipelines.get(model_id)
+        return pipeline if pipeline is not None and pipeline.is_open else None
+
+    async def pipeline_for(
+        self,
+        model_id: str,
+        inspection: Inspection | None = None,
+        *,
+        on_progress: Callable[[Progress], None] = _ignore,
+    ) -> Pipeline:
+        """Return a ready pipeline for a model, assembled now if there is none.
+
+        Requests for one model wait for one assembly; if its requester is cancelled, the next one
+        takes over.
+
+        Args:
+            inspection: Of the model, where the caller has it; else this node's engine is asked,
+                else a peer with the model.
+
+        Raises:
+            NoPipeline: Nobody can hold the model; says what is missing and who was asked.
+            ModelNotFound: Nobody here has the model.
+            PipelineError, ModelError: The stages' own errors, where planning anew did not help.
+        """
+        pipeline = self.ready(model_id)
+        if pipeline is not None:
+            return pipeline
+        lock, count = self._assembling.get(model_id, (trio.Lock(), 0))
+        self._assembling[model_id] = (lock, count + 1)
+        try:
+            async with lock:
+                pipeline = self.ready(model_id)
+                if pipeline is None:
+                    pipeline = await self._assemble(model_id, inspection, on_progress)
+                return pipeline
+        finally:
+            lock, count = self._assembling.pop(model_id)
+            if count > 1:
+                self._assembling[model_id] = (lock, count - 1)
+
+    async def plan_for(self, model_id: str) -> Plan:
+        """Return the plan that an assembly would begin with; nobody is asked to load anything.
+
+        Raises:
+            NoPipeline, ModelNotFound: As `pipeline_for`.
+        """
+        pipeline = self.ready(model_id)
+        if pipeline is not None:
+            return pipeline.plan
+        return self._plan(await self._inspect(model_id), self._connected(model_id), None)
+
+    async def _assemble(
+        self,
+        model_id: str,
+        inspection: Inspection | None,
+        progress: Callable[[Progress], None],
+    ) -> Pipeline:
+        if inspection is None:
+            progress(Progress(step="inspecting the model", done=0, total=0, unit=""))
+            inspection = await self._inspect(model_id)
+        capacities = self._connected(model_id)
+        before: SwarmError | None = None
+        gives_up_at = trio.current_time() + BUSY_WAIT_S
+        attempt = 1
+        while True:
+            layout = self._plan(inspection, capacities, before)
+            progress(Progress(step=_describe(layout), done=0, total=0, unit=""))
+            attempted = _Attempt(self._service, layout, self._random)
+            try:
+                clients = await attempted.run(self._offers(model_id, inspection, layout), progress)
+            except BaseException:
+                attempted.roll_back()
+                raise
+            if clients is not None:
+                return self._commit(model_id, inspection, layout, attempted.id, clients)
+            attempted.roll_back()
+            if attempted.is_busy and trio.current_time() < gives_up_at:
+                progress(Progress(step="waiting for another assembly", done=0, total=0, unit=""))
+                await self._pause()
+                capacities = self._connected(model_id)
+                continue
+            before = attempted.failure()
+            if attempt == PLANS_MAX:
+                raise before
+            attempt += 1
+            capacities = _without(self._connected(model_id), attempted)
+
+    async def _pause(self) -> None:
+        """Wait for a random while, or coordinators that refused each other would meet again."""
+        share = int.from_bytes(self._random.randbytes(2), "big") / 0xFFFF
+        await trio.sleep(BUSY_PAUSE_S * (0.5 + share))
+
+    def _connected(self, model_id: str) -> list[Capacity]:
+        """What this node and the peers it is connected to offer."""
+        return [
+            capacity
+            for capacity in self._capacities(model_id)
+            if capacity.peer == self._service.peer or self._host.connection_to(capacity.peer)
+        ]
+
+    def _plan(
+        self, inspection: Inspection, capacities: Sequence[Capacity], before: SwarmError | None
+    ) -> Plan:
+        try:
+            return plan(
+                inspection,
+                capacities,
+                slots=self._config.slots,
+                context=self._context(inspection),
+                coordinator=self._service.peer,
+            )
+        except NoPipeline as error:
+            if before is None:
+                raise
+            raise NoPipeline(f"{before}; and without that: {error}") from before
+
+    async def _inspect(self, model_id: str) -> Inspection:
+        """What this node's engine, or the first peer that has the model, knows about it."""
+        try:
+            return await self._service.inspect(model_id)
+        except ModelNotFound as error:
+            missing = error
+        for capacity in self._capacities(model_id):
+            if capacity.holds_model and self._host.connection_to(capacity.peer) is not None:
+                try:
+                    return await self._ask(capacity.peer, model_id)
+                except (NetworkError, ProtocolError, ModelError):
+                    continue  # The next one may answer; if none does, `missing` is raised.
+        raise missing
+
+    async def _ask(self, peer: PeerId, model_id: str) -> Inspection:
+        stream = MessageStream(await self._host.open_stream(peer, [PROTOCOL]))
+        try:
+            with trio.fail_after(OFFER_TIMEOUT_S):
+                await stream.send(Describe(model_id=model_id))
+                answer: Description = await stream.receive(Description)  # type: ignore[arg-type]
+        except trio.TooSlowError as error:
+            raise PeerTimeout(f"{peer} did not describe the model") from error
+        finally:
+            stream.reset()
+        if not isinstance(answer, Described):
+            raise ModelNotFound(answer.message)
+        return inspection_of(answer)
+
+    def _context(self, inspection: Inspection) -> int:
+        return min(self._config.context, inspection.context_max)
+
+    def _offers(
+        self, model_id: str, inspection: Inspection, layout: Plan
+    ) -> Callable[[bytes], list[Offer]]:
+        """The offers of a plan, for a pipeline id."""
+
+        def offers(pipeline: bytes) -> list[Offer]:
+            return [
+                Offer(
+                    pipeline=pipeline,
+                    model_id=model_id,
+                    stage=index,
+                    ring=layout.ring,
+                    cuts=layout.cuts,
+                    slots=min(self._config.slots, inspection.slots_max),
+                    context=self._context(inspection),
+                    exact=self._config.exact,
+                    received=tuple(inspection.wire_specs[stage.start]) if index else (),
+                    sent=(
+                        tuple(inspection.wire_specs[stage.end])
+                        if stage.end < inspection.layer_count
+                        else ()
+                    ),
+                    expected_bytes=stage.terms.sum_bytes,
+                )
+                for index, stage in enumerate(layout.stages)
+            ]
+
+        return offers
+
+    def _commit(
+        self,
+        model_id: str,
+        inspection: Inspection,
+        layout: Plan,
+        pipeline_id: bytes,
+        clients: tuple[StageClient, ...],
+    ) -> Pipeline:
+        pipeline = Pipeline(
+            pipeline_id=pipeline_id,
+            model_id=model_id,
+            model=self._model_name(model_id),
+            inspection=inspection,
+            plan=layout,
+            context=self._context(inspection),
+            clients=clients,
+            service=self._service,
+        )
+        self._pipelines[model_id] = pipeline
+
+        async def serve() -> None:
+            try:
+                await pipeline.run()
+            finally:
+                pipeline.close(StageLost("the node is stopping"))
+                if self._pipelines.get(model_id) is pipeline:
+                    del self._pipelines[model_id]
+                logger.info("pipeline.closed", extra={"model": model_id})
+
+        self._service.spawn(serve)
+        logger.info("pipeline.ready", extra={"model": model_id, "stages": len(clients)})
+        return pipeline
+
+
+class _Attempt:
+    """One plan being offered and loaded."""
+
+    def __init__(self, service: StageService, layout: Plan, random: RandomBytes) -> None:
+        self.id = random.randbytes(16)
+        self.errors: list[tuple[PeerId, SwarmError]] = []
+        """Who could not take part, and why."""
+        self.shards: dict[PeerId, tuple[tuple[int, int], ...]] = {}
+        """Layers of the model that those who answered have loaded."""
+        self._service = service
+        self._layout = layout
+        self._clients: list[StageClient] = []
+
+    async def run(
+        self,
+        offers: Callable[[bytes], list[Offer]],
+        progress: Callable[[Progress], None],
+    ) -> tuple[StageClient, ...] | None:
+        """Offer all stages, and load them once all have accepted; None if any did not."""
+        for offer, stage in zip(offers(self.id), self._layout.stages, strict=True):
+            if stage.peer == self._service.peer:
+                control = self._service.offer_local(offer)
+                self._clients.append(StageClient(control, stage))
+            else:
+                self._offer_remote(offer, stage.peer)
+        if not await self._all(self._wait_accepted):
+            return None
+
+        async def load(client: StageClient) -> None:
+            await client.load(progress)
+
+        if not await self._all(load, stop_early=True):
+            return None
+        return tuple(self._clients)
+
+    def _offer_remote(self, offer: Offer, peer: PeerId) -> None:
+        control, far_end = control_pair(coordinator=self._service.peer, stage=peer)
+        client = StageClient(control, self._layout.stages[offer.stage])
+        self._clients.append(client)
+
+        async def run() -> None:
+            try:
+                stream = MessageStream(
+                    await self._service.host.open_stream(
+                        peer, [PROTOCOL], priority=Priority.CONTROL
+                    )
+                )
+                await stream.send(offer)
+                client.broken = await carry(stream, far_end, Report)
+            except (NetworkError, ProtocolError) as error:
+                client.broken = error
+            finally:
+                far_end.close()
+
+        self._service.spawn(run)
+
+    async def _wait_accepted(self, client: StageClient) -> None:
+        try:
+            with trio.fail_after(OFFER_TIMEOUT_S):
+                accepted = await client.wait_accepted()
+                self.shards[client.plan.peer] = accepted.shards
+        except OfferRefused as refused:
+            self.shards[refused.peer] = refused.shards
+            raise
+        except trio.TooSlowError as error:
+            raise PeerTimeout(f"{client!r}: no answer to the offer") from error
+
+    async def _all(
+        self, act: Callable[[StageClient], Awaitable[None]], *, stop_early: bool = False
+    ) -> bool:
+        """Do something with every stage at once; note who failed."""
+        async with trio.open_nursery() as nursery:
+
+            async def one(client: StageClient) -> None:
+                try:
+                    await act(client)
+                except SwarmError as error:
+                    self.errors.append((client.plan.peer, error))
+                    if stop_early:
+                        nursery.cancel_scope.cancel()
+
+            for client in self._clients:
+                nursery.start_soon(one, client)
+        return not self.errors
+
+    def roll_back(self) -> None:
+        """Release every stage that accepted."""
+        for client in self._clients:
+            client.release()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody else's assembly is in the way: what it loads may serve this one too."""
+        return any(isinstance(error, OfferRefused) and error.is_busy for _, error in self.errors)
+
+    def failure(self) -> SwarmError:
+        """The error to raise when planning anew does not help."""
+        errors = sorted(self.errors, key=lambda entry: entry[0])
+        if len(errors) == 1:
+            return errors[0][1]
+        message = "; ".join(str(error) for _, error in errors)
+        if all(isinstance(error, OfferRefused) for _, error in errors):
+            return NoPipeline(message)
+        return PipelineError(message)
+
+
+def _without(capacities: Sequence[Capacity], attempted: _Attempt) -> list[Capacity]:
+    """What is left to plan with: answers say what a peer has, other errors take it out."""
+    changed = {
+        capacity.peer: replace(
+            capacity, shards=attempted.shards.get(capacity.peer, capacity.shards)
+        )
+        for capacity in capacities
+    }
+    for peer, error in attempted.errors:
+        if peer not in changed:
+            continue
+        if isinstance(error, OfferRefused) and error.memory_bytes is not None:
+            changed[peer] = replace(changed[peer], memory_bytes=error.memory_bytes)
+        elif isinstance(error, EngineLost | ModelError | PipelineError | NetworkError):
+            del changed[peer]
+        else:
+            raise error
+    return list(changed.values())
+
+
+def _describe(layout: Plan) -> str:
+    """A plan in one line, for people."""
+    stages = ", ".join(
+        f"layers {stage.start}-{stage.end - 1} on {stage.name}" for stage in layout.stages
+    )
+    return f"planned {stages}"

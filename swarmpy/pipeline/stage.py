@@ -1,0 +1,542 @@
+"""Stage service: serves `/swarmpy/pipeline/1` on this node, as a stage and as a coordinator's ear.
+
+Checks offers, reserves memory, loads, and rolls all of it back when the coordinator releases the
+stage or is gone; steps go to `ring.Stage`, tokens to the sessions this node coordinates.
+Spec: protocols/pipeline.md (revision 1).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from swarmpy.abc import Host, Inspection, Progress, StateKind, Stream
+from swarmpy.config import PREFILL_CHUNK, SESSION_LEASE_S, STAGES_MAX
+from swarmpy.errors import (
+    DoesNotFit,
+    LocalProtocolError,
+    ModelNotFound,
+    ModelRefused,
+    NetworkError,
+    OfferRejected,
+    PipelineError,
+    ProtocolError,
+    RemoteProtocolError,
+    StageBusy,
+    SwarmError,
+)
+from swarmpy.identity import PeerId
+from swarmpy.net.messages import MessageStream
+from swarmpy.pipeline.engine_host import EngineHost
+from swarmpy.pipeline.fit import fit
+from swarmpy.pipeline.holdings import Holding, Holdings
+from swarmpy.pipeline.links import (
+    PROTOCOL,
+    CoordinatorControl,
+    StageControl,
+    carry,
+    control_pair,
+    error_name,
+)
+from swarmpy.pipeline.ring import Stage, TokenSink
+from swarmpy.proto import wire
+from swarmpy.proto.pipeline import (
+    Accepted,
+    Beat,
+    Close,
+    Command,
+    Describe,
+    Described,
+    Edge,
+    Failed,
+    First,
+    Load,
+    Loaded,
+    Offer,
+    Open,
+    Progressed,
+    Refused,
+    Release,
+    TokenFrame,
+)
+
+logger = logging.getLogger(__name__)
+
+STAGES_HELD_MAX = 64
+"""Pipelines this node is a stage of at a time; each costs a few tasks and kilobytes."""
+
+TASKS_MAX = 4096
+"""Background tasks that may wait to be started: one a slot freed and an edge opened."""
+
+TOKEN_FRAME_BYTES_MAX = 4096
+"""A token with 20 alternatives and 64 engine times has 800 bytes."""
+
+INSPECTIONS_MAX = 64
+"""Models whose inspection is remembered."""
+
+LEASE_CHECK_S = SESSION_LEASE_S / 6
+"""How often leases are looked at."""
+
+
+class StageService:
+    """A node's end of the pipeline protocol. `run` must be running for anything else to work."""
+
+    def __init__(
+        self,
+        host: Host,
+        engine: EngineHost | None,
+        *,
+        memory_bytes_max: int,
+        find_model: Callable[[str], Path | None],
+        verify_model: Callable[[str], Awaitable[Path]] | None = None,
+        connect: Callable[[PeerId], Awaitable[object]] | None = None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Args:
+        engine: None on a node that only coordinates: every offer is refused.
+        memory_bytes_max: The budget of all shards of this node together.
+        find_model: Where a model's files are, by model id; None if this node may not serve it.
+        verify_model: Checks a model's files before each load and returns where they are.
+        connect: Connects to a member of a ring that this node is not connected to.
+        on_change: Called when loaded shards or free memory have changed.
+        """
+        self._host = host
+        self._engine = engine
+        self._find_model = find_model
+        self._verify_model = verify_model
+        self._connect = connect
+        self._holdings = Holdings(
+            engine,
+            memory_bytes_max=memory_bytes_max,
+            spawn=self.spawn,
+            on_lost=self._shard_lost,
+            on_change=on_change,
+        )
+        self._stages: dict[bytes, Stage] = {}
+        self._coordinated: dict[bytes, tuple[PeerId, TokenSink]] = {}
+        self._inbound: dict[bytes, set[trio.CancelScope]] = {}
+        self._inspections: dict[str, Inspection] = {}
+        self._inspecting = trio.Lock()
+        self._tasks: trio.MemorySendChannel[Callable[[], Awaitable[None]]] | None = None
+        host.set_handler(PROTOCOL, self._serve)
+
+    # For the node ---------------------------------------------------------------
+
+    @property
+    def peer(self) -> PeerId:
+        """This node's own id."""
+        return self._host.identity.peer_id
+
+    @property
+    def host(self) -> Host:
+        """The host whose streams this service speaks over."""
+        return self._host
+
+    @property
+    def memory_bytes_max(self) -> int:
+        return self._holdings.memory_bytes_max
+
+    @property
+    def memory_bytes_free(self) -> int:
+        """What a new shard could get now, shards without sessions unloaded."""
+        return max(0, self._holdings.memory_bytes_available)
+
+    @property
+    def speed_bytes_s(self) -> float:
+        """Weight bytes the engine passes over a second in decode, 0 before the first step."""
+        return self._holdings.speed_bytes_s
+
+    @property
+    def shards(self) -> tuple[Holding, ...]:
+        """The shards that are loaded (`model_id`, `start`, `end`, ...)."""
+        return tuple(holding for holding in self._holdings.all if holding.shard is not None)
+
+    @property
+    def session_count(self) -> int:
+        """Sessions open here, of all coordinators."""
+        return sum(len(stage.sessions) for stage in self._stages.values())
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Watch over leases, links and shards until cancelled; then give everything up."""
+        send, receive = trio.open_memory_channel[Callable[[], Awaitable[None]]](TASKS_MAX)
+        self._tasks = send
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._expire_sessions)
+                task_status.started()
+                async for task in receive:
+                    nursery.start_soon(task)
+        finally:
+            self._tasks = None
+            for stage in list(self._stages.values()):
+                stage.close()
+
+    def spawn(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run a task in the background until this service ends."""
+        if self._tasks is None:
+            return  # Closing: nothing may start any more.
+        try:
+            self._tasks.send_nowait(task)
+        except trio.WouldBlock:
+            raise LocalProtocolError(f"{TASKS_MAX} tasks wait to be started") from None
+
+    async def inspect(self, model_id: str) -> Inspection:
+        """What this node's engine knows about a model, remembered.
+
+        Raises:
+            ModelNotFound: This node does not have the model, or no engine.
+            ModelRefused, EngineLost: As `EngineHost.inspect`.
+        """
+        path = self._find_model(model_id)
+        if path is None or self._engine is None:
+            raise ModelNotFound(f"this node does not serve model {model_id}")
+        async with self._inspecting:
+            if model_id not in self._inspections:
+                while len(self._inspections) >= INSPECTIONS_MAX:
+                    del self._inspections[next(iter(self._inspections))]
+                self._inspections[model_id] = await self._engine.inspect(path)
+            return self._inspections[model_id]
+
+    # For the coordinator in this node -------------------------------------------
+
+    def offer_local(self, offer: Offer) -> CoordinatorControl:
+        """Offer a stage to this node itself; the channel is as one over a stream."""
+        coordinator_end, stage_end = control_pair(coordinator=self.peer, stage=self.peer)
+
+        async def serve() -> None:
+            await self._serve_stage(stage_end, offer)
+
+        self.spawn(serve)
+        return coordinator_end
+
+    def stage_of(self, pipeline: bytes) -> Stage | None:
+        """This node's stage of a pipeline."""
+        return self._stages.get(pipeline)
+
+    def listen(self, pipeline: bytes, last: PeerId, sink: TokenSink) -> None:
+        """Hand a coordinated pipeline's tokens to `sink`; only `last` may send them."""
+        self._coordinated[pipeline] = (last, sink)
+
+    def unlisten(self, pipeline: bytes) -> None:
+        """Take no more tokens of a pipeline."""
+        self._coordinated.pop(pipeline, None)
+        self._end_inbound(pipeline)
+
+    # Streams --------------------------------------------------------------------
+
+    async def _serve(self, stream: Stream) -> None:
+        """Serve one inbound stream by its first message."""
+        messages = MessageStream(stream)
+        first: First = await messages.receive(First)  # type: ignore[arg-type]
+        match first:
+            case Describe():
+                await messages.send(await self._describe(first))
+            case Offer():
+                await self._serve_control(messages, first)
+            case Edge():
+                await self._serve_edge(messages, first)
+
+    async def _describe(self, message: Describe) -> Described | Refused:
+        try:
+            return described(await self.inspect(message.model_id))
+        except (ModelNotFound, ModelRefused) as error:
+            return Refused(reason="model", message=str(error))
+        except SwarmError as error:
+            return Refused(reason="engine", message=str(error))
+
+    async def _serve_control(self, messages: MessageStream, offer: Offer) -> None:
+        coordinator_end, stage_end = control_pair(coordinator=messages.peer, stage=self.peer)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._serve_stage, stage_end, offer)
+            broken = await carry(messages, coordinator_end, Command)
+        if isinstance(broken, ProtocolError):
+            raise broken
+
+    async def _serve_edge(self, messages: MessageStream, edge: Edge) -> None:
+        with self._inbound_scope(edge.pipeline):
+            stage = self._stages.get(edge.pipeline)
+            if edge.kind == "token":
+                await self._serve_tokens(messages, edge, stage)
+            elif stage is not None:
+                await stage.serve_steps(messages, edge)
+            else:
+                messages.reset()  # Released while the stream was under way.
+
+    async def _serve_tokens(self, messages: MessageStream, edge: Edge, stage: Stage | None) -> None:
+        """Hand tokens to the session's coordinator, the first stage, or both in one node."""
+        last, sink = self._coordinated.get(edge.pipeline, (None, None))
+        if stage is not None and stage.is_first:
+            last = stage.last
+        else:
+            stage = None
+        if last is None:
+            messages.reset()
+            return
+        if messages.peer != last:
+            raise RemoteProtocolError("tokens from a peer that is not the last stage")
+        while (frame := await messages.receive_frame(TOKEN_FRAME_BYTES_MAX)) is not None:
+            token = wire.decode(frame, TokenFrame)
+            if sink is not None:
+                sink(token)
+            if stage is not None:
+                await stage.token_received(token)
+
+    @contextmanager
+    def _inbound_scope(self, pipeline: bytes) -> Iterator[None]:
+        """A scope that ends when this node leaves the pipeline."""
+        with trio.CancelScope() as scope:
+            scopes = self._inbound.setdefault(pipeline, set())
+            scopes.add(scope)
+            try:
+                yield
+            finally:
+                scopes.discard(scope)
+                if not scopes and self._inbound.get(pipeline) is scopes:
+                    del self._inbound[pipeline]
+
+    def _end_inbound(self, pipeline: bytes) -> None:
+        if pipeline not in self._coordinated and pipeline not in self._stages:
+            for scope in self._inbound.get(pipeline, ()):
+                scope.cancel()
+
+    # A stage's life -------------------------------------------------------------
+
+    async def _serve_stage(self, control: StageControl, offer: Offer) -> None:
+        """Answer an offer, and keep the stage until its coordinator or its shard is gone."""
+        try:
+            stage, is_loaded = await self._accept(control, offer)
+        except SwarmError as error:
+            control.send_nowait(self._refused(error, offer.model_id))
+            control.close()
+            return
+        try:
+            control.send_nowait(Accepted(is_loaded=is_loaded, shards=self._ranges(offer.model_id)))
+            async with trio.open_nursery() as nursery:
+                while (command := await control.receive()) is not None:
+                    if isinstance(command, Release):
+                        break
+                    if isinstance(command, Load):
+                        nursery.start_soon(self._load, stage, control)
+                    else:
+                        _obey(stage, command)
+                nursery.cancel_scope.cancel()
+        finally:
+            stage.close()
+            del self._stages[offer.pipeline]
+            self._end_inbound(offer.pipeline)
+            await self._holdings.release(stage.holding, offer.pipeline)
+
+    def _ranges(self, model_id: str) -> tuple[tuple[int, int], ...]:
+        """The loaded layers of a model."""
+        ranges = [(shard.start, shard.end) for shard in self.shards if shard.model_id == model_id]
+        return tuple(ranges[:STAGES_MAX])
+
+    def _refused(self, error: SwarmError, model_id: str) -> Refused:
+        match error:
+            case DoesNotFit():
+                return Refused(
+                    reason="memory",
+                    message=str(error)[:4096],
+                    memory_bytes=self.memory_bytes_free,
+                    shards=self._ranges(model_id),
+                )
+            case StageBusy():
+                return Refused(reason="busy", message=str(error)[:4096])
+            case ModelNotFound() | ModelRefused():
+                return Refused(reason="model", message=str(error)[:4096])
+            case OfferRejected():
+                return Refused(reason="offer", message=str(error)[:4096])
+            case _:
+                return Refused(reason="engine", message=str(error)[:4096])
+
+    async def _accept(self, control: StageControl, offer: Offer) -> tuple[Stage, bool]:
+        """Check an offer and reserve its memory.
+
+        Raises:
+            ModelNotFound: This node may not serve the model.
+            OfferRejected: The offer contradicts itself or this node's engine.
+            DoesNotFit: The budget is too small; the message lists the terms.
+        """
+        inspection = await self.inspect(offer.model_id)
+        start, end = check_offer(offer, inspection, me=self.peer)
+        wanted = Holding(
+            model_id=offer.model_id,
+            start=start,
+            end=end,
+            slots=offer.slots,
+            context=offer.context,
+            exact=offer.exact,
+            terms=fit(inspection, start, end, slots=offer.slots, context=offer.context),
+        )
+        if offer.pipeline in self._stages:
+            raise OfferRejected("a pipeline of this id exists already")
+        if len(self._stages) >= STAGES_HELD_MAX:
+            raise OfferRejected(f"this node is a stage of {STAGES_HELD_MAX} pipelines already")
+        holding = await self._holdings.reserve(wanted, offer.pipeline)
+        if offer.pipeline in self._stages:
+            await self._holdings.release(holding, offer.pipeline)
+            raise OfferRejected("a pipeline of this id exists already")
+        stage = self._stages[offer.pipeline] = Stage(
+            offer,
+            coordinator=control.peer,
+            inspection=inspection,
+            holding=holding,
+            holdings=self._holdings,
+            host=self._host,
+            control=control,
+            spawn=self.spawn,
+            deliver=self._deliver_local,
+        )
+        logger.info("stage.accepted", extra={"model": offer.model_id, "start": start, "end": end})
+        return stage, holding.shard is not None
+
+    def _deliver_local(self, pipeline: bytes, token: TokenFrame) -> None:
+        _, sink = self._coordinated.get(pipeline, (None, None))
+        if sink is not None:
+            sink(token)
+
+    async def _load(self, stage: Stage, control: StageControl) -> None:
+        """Load the stage's shard and make sure that the ring can be closed."""
+        offer, holding = stage.offer, stage.holding
+
+        def report(progress: Progress) -> None:
+            control.send_nowait(
+                Progressed(
+                    step=progress.step[:256],
+                    done=progress.done,
+                    total=progress.total,
+                    unit=progress.unit,
+                )
+            )
+
+        try:
+            path = self._find_model(offer.model_id)
+            if self._verify_model is not None:
+                path = await self._verify_model(offer.model_id)
+            if path is None:
+                raise ModelNotFound(f"this node no longer has model {offer.model_id}")
+            shard = await self._holdings.load(holding, path, report)
+            await self._connect_ring(stage)
+        except SwarmError as error:
+            control.send_nowait(Failed(error=error_name(error), message=str(error)[:4096]))
+            control.close()
+            return
+        stage.is_ready = True
+        control.send_nowait(
+            Loaded(
+                weight_bytes=shard.weight_bytes,
+                rss_bytes=shard.rss_bytes(),
+                slots=holding.slots,
+                engine=self._engine.engine_name if self._engine is not None else "",
+                exactness=shard.exactness,
+            )
+        )
+
+    async def _connect_ring(self, stage: Stage) -> None:
+        """Make sure that this node is connected to every peer the stage sends to.
+
+        Raises:
+            OfferRejected: One of them cannot be reached.
+        """
+        for peer in stage.receivers:
+            if self._host.connection_to(peer) is not None:
+                continue
+            try:
+                if self._connect is None:
+                    raise OfferRejected(f"not connected to {peer}, the next in the ring")
+                await self._connect(peer)
+            except (NetworkError, ProtocolError) as error:
+                raise OfferRejected(
+                    f"cannot reach {peer}, the next in the ring: {error}"
+                ) from error
+
+    def _shard_lost(self, holding: Holding, error: PipelineError) -> None:
+        """Tell every coordinator whose pipeline used a shard that it is gone."""
+        for stage in list(self._stages.values()):
+            if stage.holding is holding:
+                stage.lost(error)
+
+    async def _expire_sessions(self) -> None:
+        while True:
+            await trio.sleep(LEASE_CHECK_S)
+            for stage in list(self._stages.values()):
+                stage.expire(trio.current_time())
+
+
+def _obey(stage: Stage, command: Open | Beat | Close) -> None:
+    """Carry out a session's command."""
+    match command:
+        case Open():
+            stage.open(command)
+        case Beat():
+            for session in command.sessions:
+                stage.beat(session)
+        case Close():
+            stage.close_session(command.session)
+
+
+def check_offer(offer: Offer, inspection: Inspection, *, me: PeerId) -> tuple[int, int]:
+    """Check an offer against what this node's engine knows of the model.
+
+    Returns:
+        The range of layers offered.
+
+    Raises:
+        OfferRejected: It contradicts itself, or the engine: cuts, wire specs, slots, context.
+    """
+    cuts, ring = offer.cuts, offer.ring
+    if len(cuts) != len(ring) + 1 or len(set(ring)) != len(ring):
+        raise OfferRejected(f"{len(ring)} peers and {len(cuts)} cuts make no ring")
+    if offer.stage >= len(ring) or ring[offer.stage] != me:
+        raise OfferRejected(f"stage {offer.stage} of the ring is not this node")
+    if cuts[0] != 0 or cuts[-1] != inspection.layer_count or list(cuts) != sorted(set(cuts)):
+        raise OfferRejected(f"cuts {cuts} do not cover {inspection.layer_count} layers in order")
+    forbidden = set(cuts[1:-1]) - set(inspection.cuts)
+    if forbidden:
+        raise OfferRejected(f"the model cannot be cut before layers {sorted(forbidden)}")
+    if offer.slots > inspection.slots_max:
+        raise OfferRejected(f"{offer.slots} slots, this model has {inspection.slots_max} at most")
+    if not PREFILL_CHUNK <= offer.context <= max(PREFILL_CHUNK, inspection.context_max):
+        raise OfferRejected(f"context {offer.context}, this model has {inspection.context_max}")
+    start, end = cuts[offer.stage], cuts[offer.stage + 1]
+    received = tuple(inspection.wire_specs[start]) if start else ()
+    sent = tuple(inspection.wire_specs[end]) if end < inspection.layer_count else ()
+    if (tuple(offer.received), tuple(offer.sent)) != (received, sent):
+        raise OfferRejected(
+            f"the tensors between layers differ: offered {offer.received} and {offer.sent}, "
+            f"this engine ({inspection.engine}) has {received} and {sent}"
+        )
+    return start, end
+
+
+def described(inspection: Inspection) -> Described:
+    """An inspection as a message."""
+    fields: dict[str, Any] = {
+        name: getattr(inspection, name) for name in Described.__struct_fields__
+    }
+    fields["state_kind"] = inspection.state_kind.value
+    fields["wire_specs"] = dict(inspection.wire_specs)
+    return Described(**fields)
+
+
+def inspection_of(message: Described) -> Inspection:
+    """A message as an inspection.
+
+    Raises:
+        RemoteProtocolError: The numbers contradict each other.
+    """
+    count = message.layer_count
+    per_layer = (message.layer_weight_bytes, message.kv_bytes_per_token, message.state_bytes)
+    if any(len(values) != count for values in per_layer):
+        raise RemoteProtocolError(f"a description of {count} layers with other counts in it")
+    if any(not 0 < cut < count or cut not in message.wire_specs for cut in message.cuts):
+        raise RemoteProtocolError("a description with cuts outside the model or without a spec")
+    fields = msgspec.structs.asdict(message)
+    fields["state_kind"] = StateKind(message.state_kind)
+    return Inspection(**fields)

@@ -1,0 +1,362 @@
+"""What a node and its engine's child process say to each other, and how it is framed.
+
+Sans-IO. Both ends treat the other like a peer: every frame is bounded before it is read, every
+message decoded strictly. Spec: protocols/engine.md (revision 1).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import msgspec
+
+from swarmpy.errors import BadMessage, FrameTooLarge
+from swarmpy.proto import wire
+from swarmpy.proto.tensor import Tensor, TensorSpec, WireSpec, bytes_of
+
+PAYLOAD_BYTES_MAX = 256 * 1024 * 1024
+"""Most tensor bytes of one frame: the exported state of one 4,096-token slot of a 30-layer model is
+190 MB; larger states are exported in ranges of positions."""
+
+ROWS_MAX = 256
+"""Rows of one step: as many as a stage knows sessions."""
+
+LAYERS_MAX = 1024
+"""Layers of a model; the deepest published ones have 126."""
+
+STATE_TENSORS_MAX = 4 * LAYERS_MAX
+"""Tensors of an exported state: up to four a layer."""
+
+PREFIX = struct.Struct("<II")
+"""Bytes of the message and bytes of the tensors behind it."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Index = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+PathText = Annotated[str, msgspec.Meta(max_length=8192)]
+Name = Annotated[str, msgspec.Meta(max_length=256)]
+PerLayer = Annotated[tuple[Count, ...], msgspec.Meta(max_length=LAYERS_MAX)]
+StepSpecs = Annotated[tuple[TensorSpec, ...], msgspec.Meta(max_length=ROWS_MAX * 17)]
+StateSpecs = Annotated[tuple[TensorSpec, ...], msgspec.Meta(max_length=STATE_TENSORS_MAX)]
+StateNames = Annotated[tuple[Name, ...], msgspec.Meta(max_length=STATE_TENSORS_MAX)]
+
+
+class RowHeader(msgspec.Struct, frozen=True, array_like=True):
+    """One row of a step; its tensors follow in order: token ids if any, then hidden state."""
+
+    slot: Index
+    position: Index
+    count: Index
+    has_token_ids: bool
+    hidden_count: Annotated[int, msgspec.Meta(ge=0, le=16)]
+    want: Literal["nothing", "hidden", "last_logits", "all_logits"]
+
+
+class OutputHeader(msgspec.Struct, frozen=True, array_like=True):
+    """What one row gave; its tensors follow in order: hidden state, then logits."""
+
+    slot: Index
+    hidden_count: Annotated[int, msgspec.Meta(ge=0, le=16)]
+    has_logits: bool
+    error: Text
+
+
+class Inspect(msgspec.Struct, frozen=True, tag="inspect"):
+    """Node to child: read a model's headers. Answer: `Inspected`."""
+
+    id: Count
+    path: PathText
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """Node to child: load layers [start, end). Answers: some `Progressed`, then `Loaded`."""
+
+    id: Count
+    path: PathText
+    start: Index
+    end: Index
+    slots: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    context: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+    exact: bool
+    threads: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+
+
+class Step(msgspec.Struct, frozen=True, tag="step"):
+    """Node to child: run rows. Answer: `Stepped`."""
+
+    id: Count
+    rows: Annotated[tuple[RowHeader, ...], msgspec.Meta(max_length=ROWS_MAX)]
+    tensors: StepSpecs
+
+
+class Truncate(msgspec.Struct, frozen=True, tag="truncate"):
+    """Node to child: forget a slot's state from a position on. Answer: `Done`."""
+
+    id: Count
+    slot: Index
+    position: Index
+
+
+class Snapshot(msgspec.Struct, frozen=True, tag="snapshot"):
+    """Node to child: keep a slot's present state. Answer: `Snapshotted`."""
+
+    id: Count
+    slot: Index
+
+
+class Restore(msgspec.Struct, frozen=True, tag="restore"):
+    """Node to child: return a slot to a snapshot and forget it. Answer: `Done`."""
+
+    id: Count
+    slot: Index
+    snapshot: Index
+
+
+class Export(msgspec.Struct, frozen=True, tag="export"):
+    """Node to child: give the state of positions [start, end). Answer: `Exported`."""
+
+    id: Count
+    slot: Index
+    start: Index
+    end: Index
+
+
+class Import(msgspec.Struct, frozen=True, tag="import"):
+    """Node to child: put an exported state into a slot. Answer: `Done`."""
+
+    id: Count
+    slot: Index
+    start: Index
+    end: Index
+    names: StateNames
+    tensors: StateSpecs
+
+
+class Free(msgspec.Struct, frozen=True, tag="free"):
+    """Node to child: forget everything a slot holds. Answer: `Done`."""
+
+    id: Count
+    slot: Index
+
+
+class Unload(msgspec.Struct, frozen=True, tag="unload"):
+    """Node to child: release the shard. Answer: `Done`."""
+
+    id: Count
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Node to child: are you frozen? Answered at once, also while the engine computes: `Pong`."""
+
+    id: Count
+
+
+class Inspected(msgspec.Struct, frozen=True, tag="inspected"):
+    """Child to node: `swarmpy.abc.Inspection`, field by field."""
+
+    id: Count
+    engine: Name
+    build_id: Text
+    architecture: Name
+    layer_count: Annotated[int, msgspec.Meta(ge=1, le=LAYERS_MAX)]
+    hidden_size: Count
+    vocabulary_size: Count
+    context_max: Count
+    cuts: PerLayer
+    wire_specs: Annotated[dict[Index, WireSpec], msgspec.Meta(max_length=LAYERS_MAX)]
+    token_layers: PerLayer
+    layer_weight_bytes: PerLayer
+    embedding_weight_bytes: Count
+    head_weight_bytes: Count
+    is_tied: bool
+    kv_bytes_per_token: PerLayer
+    state_bytes: PerLayer
+    state_kind: Literal["kv", "rolling", "recurrent"]
+    slots_max: Count
+    head_cost_layers: Annotated[float, msgspec.Meta(ge=0)]
+
+
+class Progressed(msgspec.Struct, frozen=True, tag="progressed"):
+    """Child to node: how far a load is."""
+
+    id: Count
+    step: Name
+    done: Count
+    total: Count
+
+
+class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
+    """Child to node: the shard is in memory; `received` and `sent` are its two wire specs."""
+
+    id: Count
+    weight_bytes: Count
+    exactness: Text
+    received: WireSpec
+    sent: WireSpec
+    vocabulary_size: Count
+    """Width of the logits; 0 where the shard is not the last."""
+
+
+class Stepped(msgspec.Struct, frozen=True, tag="stepped"):
+    """Child to node: one output a row, and the seconds spent inside the engine's step."""
+
+    id: Count
+    outputs: Annotated[tuple[OutputHeader, ...], msgspec.Meta(max_length=ROWS_MAX)]
+    tensors: StepSpecs
+    engine_s: Annotated[float, msgspec.Meta(ge=0)]
+
+
+class Snapshotted(msgspec.Struct, frozen=True, tag="snapshotted"):
+    """Child to node: the snapshot's number."""
+
+    id: Count
+    snapshot: Index
+
+
+class Exported(msgspec.Struct, frozen=True, tag="exported"):
+    """Child to node: a slot's state as named tensors."""
+
+    id: Count
+    names: StateNames
+    tensors: StateSpecs
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """Child to node: it is done, and there is nothing to tell."""
+
+    id: Count
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """Child to node: the request failed, with one of our error classes by name and its message."""
+
+    id: Count
+    error: Literal[
+        "ModelRefused", "ModelNotFound", "DoesNotFit", "RowError", "EngineLost", "ConfigError"
+    ]
+    message: Text
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """Child to node: not frozen."""
+
+    id: Count
+
+
+Request = (
+    Inspect | Load | Step | Truncate | Snapshot | Restore | Export | Import | Free | Unload | Ping
+)
+"""What a node sends."""
+
+Reply = Inspected | Progressed | Loaded | Stepped | Snapshotted | Exported | Done | Failed | Pong
+"""What a child sends."""
+
+
+def encode_frame(
+    message: msgspec.Struct, tensors: Sequence[Tensor] = ()
+) -> list[bytes | memoryview]:
+    """Return the buffers of one frame: prefix and message, then each tensor's bytes, uncopied.
+
+    Raises:
+        FrameTooLarge: The message or the tensors are beyond their bounds.
+    """
+    head = wire.encode(message)
+    size = sum(len(tensor.data) for tensor in tensors)
+    _check_sizes(len(head), size)
+    return [PREFIX.pack(len(head), size) + head, *(tensor.data for tensor in tensors)]
+
+
+def decode_request(data: memoryview) -> Request:
+    """Decode what a node sent.
+
+    Raises:
+        BadMessage: It is no request.
+    """
+    # A union of types decodes like a type; typing has no name for that.
+    request: Request = wire.decode(data, Request)  # type: ignore[arg-type]
+    return request
+
+
+def decode_reply(data: memoryview) -> Reply:
+    """Decode what a child sent.
+
+    Raises:
+        BadMessage: It is no reply.
+    """
+    reply: Reply = wire.decode(data, Reply)  # type: ignore[arg-type]
+    return reply
+
+
+def split_tensors(specs: Sequence[TensorSpec], payload: memoryview) -> list[Tensor]:
+    """Cut a frame's payload into the tensors its message declared, without copying.
+
+    Raises:
+        BadMessage: The declared sizes do not add up to the payload.
+    """
+    tensors: list[Tensor] = []
+    offset = 0
+    for spec in specs:
+        size = bytes_of(spec.dtype, spec.shape)
+        tensors.append(Tensor(spec.dtype, spec.shape, payload[offset : offset + size]))
+        offset += size
+    if offset != len(payload):
+        raise BadMessage(f"tensors of {offset} bytes declared, {len(payload)} came")
+    return tensors
+
+
+class FrameReader:
+    """Assembles frames from bytes as they arrive; each frame gets its own buffer, never copied.
+
+    Read into `wanted`, tell `received`, and take `next_frame` when it is there.
+    """
+
+    def __init__(self) -> None:
+        self._prefix = bytearray(PREFIX.size)
+        self._head_bytes = 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._body: bytearray | None = None
+        self._buffer = memoryview(self._prefix)
+        self._filled = 0
+
+    @property
+    def wanted(self) -> memoryview:
+        """Where the next bytes go; never empty."""
+        return self._buffer[self._filled :]
+
+    def received(self, count: int) -> tuple[memoryview, memoryview] | None:
+        """Tell that `count` bytes were read into `wanted`.
+
+        Returns:
+            A frame's message and payload once it is complete, else None.
+
+        Raises:
+            FrameTooLarge: The prefix announces more than the bounds.
+            BadMessage: The prefix announces an empty message.
+        """
+        self._filled += count
+        if self._filled < len(self._buffer):
+            return None
+        if self._body is None:
+            self._head_bytes, size = PREFIX.unpack(self._prefix)
+            _check_sizes(self._head_bytes, size)
+            self._body = bytearray(self._head_bytes + size)
+            self._buffer = memoryview(self._body)
+            self._filled = 0
+            return None
+        whole = memoryview(self._body).toreadonly()
+        head_bytes = self._head_bytes
+        self._restart()
+        return whole[:head_bytes], whole[head_bytes:]
+
+
+def _check_sizes(head_bytes: int, payload_bytes: int) -> None:
+    if head_bytes == 0:
+        raise BadMessage("frame with an empty message")
+    if head_bytes > wire.MESSAGE_BYTES_MAX:
+        raise FrameTooLarge(f"message of {head_bytes} bytes exceeds {wire.MESSAGE_BYTES_MAX}")
+    if payload_bytes > PAYLOAD_BYTES_MAX:
+        raise FrameTooLarge(f"tensors of {payload_bytes} bytes exceed {PAYLOAD_BYTES_MAX}")

@@ -1,0 +1,440 @@
+"""Yamux: many streams on one connection, each with its own window.
+
+Sans-IO: decrypted bytes go in, events come out, and frames to send gather in `outbox`. Receive
+windows are enforced: a peer that sends more than it was granted loses the connection.
+Spec: hashicorp yamux specification, libp2p specs, yamux; protocols/yamux.md.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from swarmpy.errors import LocalProtocolError, RemoteProtocolError, StreamReset
+
+PROTOCOL = "/yamux/1.0.0"
+
+INITIAL_WINDOW_BYTES = 256 * 1024
+"""Both directions of a stream start with this; the specification fixes it."""
+
+FRAME_DATA_BYTES_MAX = 65519
+"""Most data in one frame sent: every implementation takes 64 KiB, and 17 bytes less make it exactly
+one Noise frame."""
+
+HEADER_BYTES = 12
+
+_DATA, _WINDOW, _PING, _GO_AWAY = range(4)
+_SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
+_FLAGS = _SYN | _ACK | _FIN | _RST
+_UINT32_MAX = 2**32 - 1
+_HEADER = struct.Struct("!BBHII")
+_pack = _HEADER.pack
+_unpack_from = _HEADER.unpack_from
+
+
+class StreamOpened(msgspec.Struct, frozen=True, gc=False):
+    """The peer opened a stream."""
+
+    stream_id: int
+
+
+class DataReceived(msgspec.Struct, frozen=True, gc=False):
+    """Bytes of a stream, in order; a frame may come in several pieces."""
+
+    stream_id: int
+    data: bytes
+
+
+class WindowOpened(msgspec.Struct, frozen=True, gc=False):
+    """The peer granted more window."""
+
+    stream_id: int
+
+
+class StreamEnded(msgspec.Struct, frozen=True, gc=False):
+    """The peer will send no more on this stream (FIN)."""
+
+    stream_id: int
+
+
+class StreamWasReset(msgspec.Struct, frozen=True, gc=False):
+    """The peer gave the stream up (RST), or its unread bytes were over the connection's budget."""
+
+    stream_id: int
+    by_peer: bool
+
+
+class PongReceived(msgspec.Struct, frozen=True, gc=False):
+    """The peer answered a ping."""
+
+    value: int
+
+
+class GoAwayReceived(msgspec.Struct, frozen=True, gc=False):
+    """The peer takes no new streams; 0 says that all is well."""
+
+    code: int
+
+
+Event = (
+    StreamOpened
+    | DataReceived
+    | WindowOpened
+    | StreamEnded
+    | StreamWasReset
+    | PongReceived
+    | GoAwayReceived
+)
+
+
+class _Stream:
+    """What Yamux knows of one stream."""
+
+    __slots__ = (
+        "credit",
+        "flags",
+        "granted",
+        "is_local_open",
+        "is_remote_open",
+        "unread",
+        "unread_since",
+        "window",
+    )
+
+    def __init__(self, flags: int) -> None:
+        self.flags = flags
+        """SYN or ACK until the first frame carried it."""
+        self.window = INITIAL_WINDOW_BYTES
+        """Bytes we may still send."""
+        self.granted = INITIAL_WINDOW_BYTES
+        """Bytes the peer may still send."""
+        self.credit = 0
+        """Bytes read here and not yet granted anew."""
+        self.unread = 0
+        self.unread_since = 0
+        """Serial of the moment the oldest unread byte came."""
+        self.is_local_open = True
+        self.is_remote_open = True
+
+
+class Yamux:
+    """One connection's streams.
+
+    Attributes:
+        outbox: Frames to send; whoever sends empties it.
+    """
+
+    def __init__(
+        self,
+        *,
+        is_initiator: bool,
+        inbound_streams_max: int,
+        unread_bytes_max: int,
+        resets_per_second_max: int,
+    ) -> None:
+        """Start a session.
+
+        Args:
+            is_initiator: Whether this side dialled: it opens odd ids, the other even ones.
+            inbound_streams_max: The peer's streams at a time; further ones are reset.
+            unread_bytes_max: Unread bytes of all streams; beyond, the oldest stream is reset.
+            resets_per_second_max: Streams refused within a second before the peer is.
+        """
+        self.outbox = bytearray()
+        self._streams: dict[int, _Stream] = {}
+        self._next_id = 1 if is_initiator else 2
+        self._inbound: set[int] = set()
+        self._inbound_parity = 0 if is_initiator else 1
+        self._inbound_streams_max = inbound_streams_max
+        self._resets_per_second_max = resets_per_second_max
+        self._unread_bytes_max = unread_bytes_max
+        self._unread = 0
+        self._serial = 0
+        self._refused = 0
+        self._refused_since_s = 0.0
+        self._header = b""  # of a frame whose header is split over two Noise frames
+        self._data_id = 0  # the stream of the data frame under way
+        self._data_left = 0
+        self._data_ends = False
+        self._is_open = True
+
+    @property
+    def stream_count(self) -> int:
+        """Streams open in at least one direction, or whose handler still runs."""
+        return len(self._streams.keys() | self._inbound)
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes received and not yet read, over all streams."""
+        return self._unread
+
+    def is_known(self, stream_id: int) -> bool:
+        """Whether a stream still has an open direction or unread bytes."""
+        return stream_id in self._streams
+
+    # Receiving ---------------------------------------------------------------
+
+    def receive(self, data: bytes, now_s: float) -> list[Event]:
+        """Take decrypted bytes, in pieces of any size, and return what they mean.
+
+        Raises:
+            RemoteProtocolError: A rule is broken; the connection cannot go on.
+        """
+        events: list[Event] = []
+        if self._header:
+            data = self._header + data
+            self._header = b""
+        offset, end = 0, len(data)
+        while offset < end:
+            if self._data_left:
+                size = min(self._data_left, end - offset)
+                whole = size == end and not offset
+                self._take_data(data if whole else data[offset : offset + size], events)
+                offset += size
+                continue
+            if end - offset < HEADER_BYTES:
+                self._header = data[offset:]
+                break
+            version, kind, flags, stream_id, value = _unpack_from(data, offset)
+            offset += HEADER_BYTES
+            if version or flags & ~_FLAGS:
+                raise _broken(f"yamux version {version}, flags {flags:#x}")
+            if kind == _DATA:
+                self._take_data_header(flags, stream_id, value, events, now_s)
+            elif kind == _WINDOW:
+                self._take_window(flags, stream_id, value, events, now_s)
+            else:
+                self._take_session_frame(kind, flags, stream_id, value, events)
+        return events
+
+    def _take_data_header(
+        self, flags: int, stream_id: int, size: int, events: list[Event], now_s: float
+    ) -> None:
+        stream = self._find(flags, stream_id, events, now_s)
+        if stream is None:
+            # Data on its way when its stream was reset or refused: read past it.
+            if size > INITIAL_WINDOW_BYTES:
+                raise _broken(f"{size} bytes for a stream without a window")
+        elif not stream.is_remote_open and size:
+            raise _broken(f"data after the end of stream {stream_id}")
+        elif size > stream.granted:
+            raise _broken(f"{size} bytes on stream {stream_id}, {stream.granted} were granted")
+        else:
+            stream.granted -= size
+        self._data_id, self._data_left = stream_id, size
+        self._data_ends = bool(flags & _FIN)
+        if flags & _RST:
+            self._end_by_reset(stream_id, events)
+        elif not size and self._data_ends:
+            self._end_remote(stream_id, events)
+
+    def _take_data(self, data: bytes, events: list[Event]) -> None:
+        size = len(data)
+        self._data_left -= size
+        stream_id = self._data_id
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return
+        if not stream.unread:
+            self._serial += 1
+            stream.unread_since = self._serial
+        stream.unread += size
+        self._unread += size
+        events.append(DataReceived(stream_id, data))
+        if self._data_ends and not self._data_left:
+            self._end_remote(stream_id, events)
+        if self._unread > self._unread_bytes_max:
+            self._shed(events)
+
+    def _take_window(
+        self, flags: int, stream_id: int, value: int, events: list[Event], now_s: float
+    ) -> None:
+        stream = self._find(flags, stream_id, events, now_s)
+        if stream is None:
+            return
+        if value:
+            stream.window += value
+            if stream.window > _UINT32_MAX:
+                raise _broken(f"window of stream {stream_id} beyond 32 bits")
+            events.append(WindowOpened(stream_id))
+        if flags & _RST:
+            self._end_by_reset(stream_id, events)
+        elif flags & _FIN:
+            self._end_remote(stream_id, events)
+
+    def _take_session_frame(
+        self, kind: int, flags: int, stream_id: int, value: int, events: list[Event]
+    ) -> None:
+        if stream_id:
+            raise _broken(f"frame of kind {kind} on stream {stream_id}")
+        if kind == _PING:
+            if flags & _SYN:
+                self.outbox += _pack(0, _PING, _ACK, 0, value)
+            elif flags & _ACK:
+                events.append(PongReceived(value))
+        elif kind == _GO_AWAY:
+            events.append(GoAwayReceived(value))
+        else:
+            raise _broken(f"yamux frame of kind {kind}")
+
+    def _find(
+        self, flags: int, stream_id: int, events: list[Event], now_s: float
+    ) -> _Stream | None:
+        """Return a frame's stream, opened if the frame says so; None for one that is gone."""
+        if not flags & _SYN:
+            if stream_id == 0 or (self._is_ours(stream_id) and stream_id >= self._next_id):
+                raise _broken(f"frame for stream {stream_id}, which was never opened")
+            return self._streams.get(stream_id)
+        if stream_id == 0 or self._is_ours(stream_id):
+            raise _broken(f"peer opened stream {stream_id}, an id of ours")
+        if stream_id in self._streams or stream_id in self._inbound:
+            raise _broken(f"peer opened stream {stream_id} twice")
+        if not self._is_open or len(self._inbound) >= self._inbound_streams_max:
+            self._refuse(stream_id, now_s)
+            return None
+        stream = self._streams[stream_id] = _Stream(_ACK)
+        self._inbound.add(stream_id)
+        events.append(StreamOpened(stream_id))
+        return stream
+
+    def _is_ours(self, stream_id: int) -> bool:
+        return stream_id % 2 != self._inbound_parity
+
+    def _refuse(self, stream_id: int, now_s: float) -> None:
+        if now_s - self._refused_since_s >= 1.0:
+            self._refused_since_s, self._refused = now_s, 0
+        self._refused += 1
+        if self._refused > self._resets_per_second_max:
+            raise _broken(f"more than {self._resets_per_second_max} streams refused in a second")
+        self.outbox += _pack(0, _WINDOW, _RST, stream_id, 0)
+
+    def _end_remote(self, stream_id: int, events: list[Event]) -> None:
+        stream = self._streams.get(stream_id)
+        if stream is None or not stream.is_remote_open:
+            return
+        stream.is_remote_open = False
+        events.append(StreamEnded(stream_id))
+        self._forget_if_ended(stream_id, stream)
+
+    def _end_by_reset(self, stream_id: int, events: list[Event]) -> None:
+        if stream_id in self._streams:
+            self._forget(stream_id)
+            events.append(StreamWasReset(stream_id, by_peer=True))
+
+    def _shed(self, events: list[Event]) -> None:
+        """Reset the stream whose unread bytes are the oldest."""
+        waiting = (item for item in self._streams.items() if item[1].unread)
+        stream_id, _ = min(waiting, key=lambda item: item[1].unread_since)
+        self.reset(stream_id)
+        events.append(StreamWasReset(stream_id, by_peer=False))
+
+    # Sending -----------------------------------------------------------------
+
+    def open(self) -> int:
+        """Open a stream and return its id; the SYN rides on its first frame.
+
+        Raises:
+            LocalProtocolError: All ids of this connection are used up, or it is closing.
+        """
+        if not self._is_open or self._next_id > _UINT32_MAX:
+            raise LocalProtocolError("no more streams on this connection")
+        stream_id = self._next_id
+        self._next_id += 2
+        self._streams[stream_id] = _Stream(_SYN)
+        return stream_id
+
+    def window(self, stream_id: int) -> int:
+        """Return how many bytes may be sent on a stream now, 0 for one that cannot send."""
+        stream = self._streams.get(stream_id)
+        return stream.window if stream is not None and stream.is_local_open else 0
+
+    def data_header(self, stream_id: int, size: int) -> bytes:
+        """Take `size` bytes of window and return the header to send before that much data.
+
+        Args:
+            size: 1 to `min(window(stream_id), FRAME_DATA_BYTES_MAX)`.
+
+        Raises:
+            StreamReset: The stream is gone, or its sending side was closed.
+        """
+        stream = self._streams.get(stream_id)
+        if stream is None or not stream.is_local_open:
+            raise StreamReset(f"stream {stream_id} is closed for sending")
+        if not 0 < size <= min(stream.window, FRAME_DATA_BYTES_MAX):
+            raise LocalProtocolError(f"{size} bytes to send, window {stream.window}")
+        stream.window -= size
+        flags, stream.flags = stream.flags, 0
+        return _pack(0, _DATA, flags, stream_id, size)
+
+    def consumed(self, stream_id: int, size: int) -> None:
+        """Say that `size` received bytes were read: half a window later they are granted anew."""
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return
+        stream.unread -= size
+        self._unread -= size
+        if stream.is_remote_open:
+            stream.credit += size
+            if stream.credit >= INITIAL_WINDOW_BYTES // 2:
+                self._grant(stream_id, stream)
+        else:
+            self._forget_if_ended(stream_id, stream)
+
+    def put_back(self, stream_id: int, size: int) -> None:
+        """Say that `size` bytes counted as read are unread after all: they were another protocol's."""
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return
+        stream.unread += size
+        self._unread += size
+        stream.credit -= size
+
+    def _grant(self, stream_id: int, stream: _Stream) -> None:
+        flags, stream.flags = stream.flags, 0
+        self.outbox += _pack(0, _WINDOW, flags, stream_id, stream.credit)
+        stream.granted += stream.credit
+        stream.credit = 0
+
+    def close_write(self, stream_id: int) -> None:
+        """Send the end of our direction (FIN); nothing happens if it was sent."""
+        stream = self._streams.get(stream_id)
+        if stream is None or not stream.is_local_open:
+            return
+        stream.is_local_open = False
+        self.outbox += _pack(0, _WINDOW, stream.flags | _FIN, stream_id, 0)
+        stream.flags = 0
+        self._forget_if_ended(stream_id, stream)
+
+    def reset(self, stream_id: int) -> None:
+        """Give a stream up and tell the peer, unless it is over or the peer never heard of it."""
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return
+        self._forget(stream_id)
+        if not stream.flags & _SYN:
+            self.outbox += _pack(0, _WINDOW, stream.flags | _RST, stream_id, 0)
+
+    def release(self, stream_id: int) -> None:
+        """Say that an inbound stream's handler has returned: its place is free once it is over."""
+        self._inbound.discard(stream_id)
+
+    def ping(self, value: int) -> None:
+        """Ask the peer for a sign of life; `PongReceived` will carry `value`."""
+        self.outbox += _pack(0, _PING, _SYN, 0, value)
+
+    def go_away(self) -> None:
+        """Tell the peer that no new streams are taken; those it opens are reset."""
+        self._is_open = False
+        self.outbox += _pack(0, _GO_AWAY, 0, 0, 0)
+
+    def _forget_if_ended(self, stream_id: int, stream: _Stream) -> None:
+        if not (stream.is_local_open or stream.is_remote_open or stream.unread):
+            self._forget(stream_id)
+
+    def _forget(self, stream_id: int) -> None:
+        self._unread -= self._streams.pop(stream_id).unread
+
+
+def _broken(message: str) -> RemoteProtocolError:
+    return RemoteProtocolError(message, penalty=10)

@@ -1,0 +1,27 @@
+"""Tools to test programs built on swarmpy: a simulated network, a virtual clock, an instant engine.
+
+Shipped and documented like the rest. Names are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_EXPORTS = {
+    "EchoEngine": "swarmpy.testing.engine",
+    "Link": "swarmpy.testing.network",
+    "SimNetwork": "swarmpy.testing.network",
+    "Simulation": "swarmpy.testing.simulation",
+    "run_simulation": "swarmpy.testing.simulation",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for, and only that."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_EXPORTS)

@@ -1,0 +1,159 @@
+"""`swarmpy models`: list, pull and show; and which model is meant when none is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import msgspec
+
+from swarmpy.errors import ModelNotFound
+from swarmpy.status import ModelStatus, PeerStatus
+from swarmpy_cli.client import NodeClient, connect
+from swarmpy_cli.console import Steps, print_table, show_bytes
+from swarmpy_cli.context import Settings, json_option, print_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A model chosen for a user who named none, and why."""
+
+    model: str
+    why: str
+    is_served: bool = False
+    """Whether peers, or this node, hold it already."""
+
+
+def choices(
+    models: Sequence[ModelStatus], peers: Sequence[PeerStatus], *, configured: str = ""
+) -> list[Choice]:
+    """Return the models worth trying, best first: configured, served by the swarm, largest here.
+
+    The caller takes the first that peers can hold; the list is empty where no model is known.
+    """
+    if configured:
+        return [Choice(model=configured, why="the configuration names it (models.default)")]
+    by_size = sorted(models, key=lambda model: (-model.size_bytes, model.name))
+    held = {shard.rpartition(" ")[0] for peer in peers for shard in peer.shards}
+    found = [
+        Choice(model=model.name, why="its layers are loaded already", is_served=True)
+        for model in by_size
+        if model.is_ready or model.name in held
+    ]
+    found += [
+        Choice(model=model.name, why=f"{model.peers[0]} has it", is_served=True)
+        for model in by_size
+        if model.peers
+    ]
+    found += [
+        Choice(model=model.name, why="it is the largest on this machine that fits")
+        for model in by_size
+        if model.is_local
+    ]
+    first: dict[str, Choice] = {}
+    for choice in found:
+        first.setdefault(choice.model, choice)
+    return list(first.values())
+
+
+def served_choice(node: NodeClient) -> Choice:
+    """Ask a running node for the model to use when none is named.
+
+    Raises:
+        ModelNotFound: Neither this machine nor a connected member has one.
+    """
+    known = node.get("/admin/models", list[ModelStatus])
+    found = choices(known, node.get("/admin/peers", list[PeerStatus]))
+    local = {model.name for model in known if model.is_local}
+    for choice in found:
+        if choice.model in local:
+            return choice
+    if found:
+        raise ModelNotFound(
+            f"the swarm has {found[0].model}, but its files are not on this machine",
+            fix=f"Fetch them: swarmpy models pull {found[0].model}",
+        )
+    raise ModelNotFound("no model is known here")
+
+
+def from_here(model: str) -> str:
+    """Return a model's name unchanged, and a path as seen from this folder made absolute."""
+    path = Path(model).expanduser()
+    is_path = model.startswith((".", "~", "/")) or model.lower().endswith(".gguf")
+    return str(path.absolute()) if is_path else model
+
+
+@click.group()
+def models() -> None:
+    """List, fetch and describe models."""
+
+
+@models.command("list")
+@json_option
+@click.pass_obj
+def list_models(settings: Settings, /, is_json: bool) -> None:
+    """List the models this machine has or a connected member announces."""
+    with connect(settings.folder) as node:
+        known = node.get("/admin/models", list[ModelStatus])
+    if is_json:
+        print_json({"models": msgspec.to_builtins(known)})
+        return
+    if not known:
+        click.echo("no models yet: `swarmpy models pull MODEL` fetches one")
+        return
+    print_table(
+        ("name", "size", "layers", "here", "members", ""),
+        [
+            (
+                model.name,
+                show_bytes(model.size_bytes),
+                str(model.layer_count),
+                "yes" if model.is_local else "no",
+                ", ".join(model.peers),
+                "ready" if model.is_ready else "",
+            )
+            for model in known
+        ],
+    )
+
+
+@models.command()
+@click.argument("model")
+@json_option
+@click.pass_obj
+def pull(settings: Settings, /, model: str, is_json: bool) -> None:
+    """Fetch MODEL (a name, or a folder in Hugging Face layout) and check it."""
+    steps = Steps(is_json=is_json)
+    with connect(settings.folder) as node, steps.step(f"model {model}") as step:
+        pulled = node.post_with_progress(
+            "/admin/models/pull", {"model": from_here(model)}, ModelStatus, step.progress
+        )
+    if is_json:
+        print_json(msgspec.to_builtins(pulled))
+    else:
+        click.echo(f"{pulled.display_name or pulled.name}: {show_bytes(pulled.size_bytes)}")
+
+
+@models.command()
+@click.argument("model")
+@json_option
+@click.pass_obj
+def show(settings: Settings, /, model: str, is_json: bool) -> None:
+    """Describe MODEL, by its name or id."""
+    with connect(settings.folder) as node:
+        known = node.get("/admin/models", list[ModelStatus])
+    found = [item for item in known if model in (item.name, item.model_id, item.display_name)]
+    if not found:
+        names = ", ".join(item.name for item in known) or "none"
+        raise ModelNotFound(f"no model {model!r} is known here (known: {names})")
+    described: dict[str, object] = msgspec.to_builtins(found[0])
+    if is_json:
+        print_json(described)
+        return
+    for name, value in described.items():
+        shown = ", ".join(value) if isinstance(value, (list, tuple)) else str(value)
+        if name.endswith("_bytes") and isinstance(value, int):
+            shown = f"{show_bytes(value)} ({value} bytes)"
+        click.echo(f"{name.removesuffix('_bytes').replace('_', ' '):<16}{shown}")

@@ -1,0 +1,507 @@
+"""Discovery over real hosts on a simulated network: who is found, dialled, kept and forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+from small_nodes import Clock, SmallNode, machine, small_node, until, wall_time
+from trio.testing import MockClock
+
+from swarmpy.abc import Address, DiscoverySource, Sighting
+from swarmpy.discovery.gossip import PROTOCOL
+from swarmpy.errors import SwarmError
+from swarmpy.identity import Identity
+from swarmpy.net.messages import MessageStream
+from swarmpy.proto.announce import (
+    Announce,
+    AnnouncedModel,
+    Announcement,
+    seal_announcement,
+)
+from swarmpy.proto.membership import issue, own_network_id
+from swarmpy.testing.network import SimNetwork
+
+
+class Whisper(DiscoverySource):
+    """A source that reports what a test tells it to."""
+
+    name = "mdns"
+
+    def __init__(self) -> None:
+        self.see: Callable[[Sighting], None] = lambda sighting: None
+
+    async def run(self, see: Callable[[Sighting], None]) -> None:
+        self.see = see
+        await trio.sleep_forever()
+
+    def tell(self, node: SmallNode) -> None:
+        """Report where a node is."""
+        self.see(Sighting(peer=node.peer, addresses=tuple(node.host.addresses), source=self.name))
+
+
+async def join(joiner: SmallNode, issuer: SmallNode) -> None:
+    if not issuer.membership.networks():
+        issuer.membership.create_network()
+    await joiner.membership.redeem((await issuer.membership.create_invite()).code)
+    await issuer.membership.wait_member(joiner.peer)
+
+
+def is_member(node: SmallNode, other: SmallNode) -> bool:
+    view = node.view(other.peer)
+    return view is not None and view.state == "member"
+
+
+async def test_three_nodes_joined_at_one_of_them_are_all_connected_at_once(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Goal: bob and cid find each other through ann's gossip, on three ports of one machine."""
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
+        small_node(
+            "bob",
+            machine(world, 1),
+            tmp_path / "b",
+            listen="/ip4/0.0.0.0/tcp/4002",
+            with_discovery=True,
+        ) as bob,
+        small_node(
+            "cid",
+            machine(world, 1),
+            tmp_path / "c",
+            listen="/ip4/0.0.0.0/tcp/4003",
+            with_discovery=True,
+        ) as cid,
+    ):
+        await join(bob, ann)
+        await join(cid, ann)
+
+        await until(lambda: is_member(bob, cid) and is_member(cid, bob), within_s=1.0)
+
+
+async def test_two_nodes_without_an_invite_see_each_other_as_visible(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    link = Whisper()
+    async with (
+        small_node(
+            "ann",
+            machine(world, 1),
+            tmp_path / "a",
+            with_discovery=True,
+            sources=lambda *_: [link],
+        ) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
+    ):
+        ann.membership.create_network()
+        bob.membership.create_network()
+        await trio.testing.wait_all_tasks_blocked()
+
+        link.tell(bob)
+        await until(lambda: bob.view(ann.peer) is not None, within_s=1.0)
+        await trio.sleep(1)
+
+        views = [ann.view(bob.peer), bob.view(ann.peer)]
+        assert [view.state for view in views if view] == ["visible", "visible"]
+        assert ann.host.connections == []
+
+
+async def test_a_visible_stranger_is_dialled_once_however_often_it_is_seen(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    dials: list[str] = []
+    world = SimNetwork(
+        observe=lambda kind, source, target, data: dials.append(target) if kind == "dial" else None
+    )
+    link = Whisper()
+    async with (
+        small_node(
+            "ann",
+            machine(world, 1),
+            tmp_path / "a",
+            with_discovery=True,
+            sources=lambda *_: [link],
+        ) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
+    ):
+        ann.membership.create_network()
+        await trio.testing.wait_all_tasks_blocked()
+
+        for _ in range(20):
+            link.tell(bob)
+            await trio.sleep(10)
+
+        assert len(dials) == 1
+
+
+async def test_a_stranger_seen_before_becomes_a_member_when_this_node_joins_its_network(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Goal: joining at ann makes the visible bob, a member of long standing, usable at once."""
+    world = SimNetwork()
+    link = Whisper()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "a") as ann,
+        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
+        small_node(
+            "cid",
+            machine(world, 3),
+            tmp_path / "c",
+            with_discovery=True,
+            sources=lambda *_: [link],
+        ) as cid,
+    ):
+        await join(bob, ann)
+        await trio.testing.wait_all_tasks_blocked()
+        link.tell(bob)
+        await trio.sleep(1)
+        assert not is_member(cid, bob)
+
+        await cid.membership.redeem((await ann.membership.create_invite()).code)
+
+        await until(lambda: is_member(cid, bob) and is_member(bob, cid), within_s=1.0)
+
+
+async def test_a_restarted_node_is_reconnected_from_its_cache_within_a_second(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    async with small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann:
+        async with small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob:
+            await join(bob, ann)
+        await until(lambda: not ann.membership.members())
+
+        async with small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob:
+            await until(lambda: is_member(bob, ann) and is_member(ann, bob), within_s=1.0)
+
+
+async def test_all_nodes_restarting_together_are_reconnected_within_a_second(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
+        small_node("cid", machine(world, 3), tmp_path / "c", with_discovery=True) as cid,
+    ):
+        await join(bob, ann)
+        await join(cid, ann)
+        await until(lambda: is_member(bob, cid))
+
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
+        small_node("cid", machine(world, 3), tmp_path / "c", with_discovery=True) as cid,
+    ):
+        nodes = (ann, bob, cid)
+        await until(lambda: all(len(node.membership.members()) == 2 for node in nodes), within_s=1)
+
+
+async def test_a_lost_member_is_redialled_until_it_returns(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Goal: lost, not forgotten. Method: the issuer is away for ten minutes; the joiner alone
+    knows where it was."""
+    world = SimNetwork()
+    async with small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob:
+        async with small_node("ann", machine(world, 1), tmp_path / "a") as ann:
+            await join(bob, ann)
+        await trio.sleep(600)
+        view = bob.view(ann.peer)
+        assert view is not None
+        assert view.state in ("lost", "connecting")
+
+        async with small_node("ann", machine(world, 1), tmp_path / "a"):
+            await until(lambda: is_member(bob, ann), within_s=61)
+
+
+async def test_a_sighting_of_a_lost_member_is_followed_at_once(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Method: as above, at a new port, and the link tells of it."""
+    world = SimNetwork()
+    link = Whisper()
+    async with small_node(
+        "bob", machine(world, 2), tmp_path / "b", with_discovery=True, sources=lambda *_: [link]
+    ) as bob:
+        async with small_node("ann", machine(world, 1), tmp_path / "a") as ann:
+            await join(bob, ann)
+        await trio.sleep(600)
+
+        async with small_node(
+            "ann", machine(world, 1), tmp_path / "a", listen="/ip4/0.0.0.0/tcp/4444"
+        ) as ann:
+            link.tell(ann)
+            await until(lambda: is_member(bob, ann), within_s=1.0)
+
+
+async def test_a_peer_that_is_no_member_any_more_is_forgotten(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Method: bob's record ends while he is away; ann finds that out when she reaches him."""
+    world = SimNetwork()
+    async with small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann:
+        async with small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob:
+            await join(bob, ann)
+            await until(lambda: ann.discovery is not None and bool(ann.discovery.announcements()))
+
+        async with small_node("bob", machine(world, 2), tmp_path / "empty") as bob:
+            await until(lambda: ann.view(bob.peer) is not None)
+            await trio.sleep(100)
+
+            view = ann.view(bob.peer)
+            assert view is not None
+            assert view.state == "visible"
+
+
+# Announcements -------------------------------------------------------------------------
+
+
+async def test_what_a_member_announces_reaches_members_it_is_not_connected_to(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    model = AnnouncedModel(
+        model_id="m1", name="tiny", display_name="Tiny", size_bytes=93_000_000, layer_count=30
+    )
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
+        small_node("cid", machine(world, 3), tmp_path / "c", with_discovery=True) as cid,
+    ):
+        assert cid.discovery is not None
+        assert bob.discovery is not None
+        heard: list[Announcement] = []
+        cid.discovery.on_announcement(heard.append)
+        await join(bob, ann)
+        await join(cid, ann)
+
+        bob.discovery.announce(models=(model,), memory_bytes_max=2**30)
+        await until(lambda: any(item.models for item in heard), within_s=1.0)
+
+        announced = cid.discovery.announcement(bob.peer)
+        assert announced is not None
+        assert announced.models == (model,)
+        assert announced.name == "bob"
+        assert [item.peer for item in cid.discovery.announcements()] == sorted([ann.peer, bob.peer])
+
+
+async def test_announcing_nothing_new_sends_nothing(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    async with small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann:
+        assert ann.discovery is not None
+        ann.membership.create_network()
+        ann.discovery.announce(engine="echo")
+        before = ann.discovery.announcement(ann.peer)
+
+        ann.discovery.announce(engine="echo")
+
+        assert ann.discovery.announcement(ann.peer) == before
+
+
+async def test_an_announcement_is_forgotten_an_hour_after_its_member_fell_silent(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    async with small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann:
+        assert ann.discovery is not None
+        async with small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob:
+            await join(bob, ann)
+            await until(lambda: ann.discovery.announcement(bob.peer) is not None)
+        await trio.sleep(3500)
+        assert ann.discovery.announcement(bob.peer) is not None
+
+        await trio.sleep(200)
+
+        assert ann.discovery.announcement(bob.peer) is None
+
+
+async def test_a_member_that_lives_is_announced_for_longer_than_an_hour(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
+    ):
+        assert ann.discovery is not None
+        await join(bob, ann)
+
+        await trio.sleep(7300)
+
+        assert ann.discovery.announcement(bob.peer) is not None
+
+
+async def test_a_node_whose_clock_was_set_back_speaks_louder_than_its_own_past(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Method: bob announces with a clock 200 s ahead, restarts with the right one, and is heard."""
+    world = SimNetwork()
+    ahead = Clock(200)
+    async with small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann:
+        assert ann.discovery is not None
+        async with small_node(
+            "bob", machine(world, 2), tmp_path / "b", with_discovery=True, clock=ahead
+        ) as bob:
+            await join(bob, ann)
+            await until(lambda: ann.discovery.announcement(bob.peer) is not None)
+        async with small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob:
+            assert bob.discovery is not None
+            bob.discovery.announce(engine="new")
+
+            def engine() -> str:
+                heard = ann.discovery.announcement(bob.peer)
+                return heard.engine if heard else ""
+
+            await until(lambda: engine() == "new", within_s=2.0)
+
+
+async def push(node: SmallNode, target: SmallNode, sealed: bytes) -> MessageStream:
+    messages = MessageStream(await node.host.open_stream(target.peer, [PROTOCOL]))
+    await messages.send(Announce(announcement=sealed))
+    return messages
+
+
+async def test_a_forged_announcement_costs_the_connection(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "b") as bob,
+    ):
+        await join(bob, ann)
+        (membership,) = bob.membership.own_memberships().values()
+        sealed = seal_announcement(
+            bob.host.identity,
+            Announcement(
+                peer=bob.peer,
+                seq=1,
+                issued_wall_s=int(wall_time()),
+                membership=membership.proof,
+                name="bob",
+                addresses=(),
+            ),
+        )
+        connection = ann.host.connection_to(bob.peer)
+        assert connection is not None
+
+        await push(bob, ann, sealed[:-1] + bytes([sealed[-1] ^ 1]))
+        await until(lambda: not connection.is_open, within_s=1.0)
+
+
+async def test_an_announcement_of_a_stranger_is_ignored(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Sound in itself, but of a network that deliverer and receiver do not share."""
+    world = SimNetwork()
+    key, eve = Identity(b"k" * 32), Identity(b"e" * 32)
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "b") as bob,
+    ):
+        assert ann.discovery is not None
+        await join(bob, ann)
+        proof = issue(
+            key,
+            authority=None,
+            network_id=own_network_id(key),
+            network_name="eve's",
+            member=eve.peer_id,
+            can_invite=True,
+            serial=1,
+            wall_s=wall_time(),
+        )
+        sealed = seal_announcement(
+            eve,
+            Announcement(
+                peer=eve.peer_id,
+                seq=1,
+                issued_wall_s=int(wall_time()),
+                membership=proof,
+                name="eve",
+                addresses=("/ip4/10.0.0.9/tcp/1",),
+            ),
+        )
+
+        await push(bob, ann, sealed)
+        await trio.sleep(1)
+
+        assert ann.discovery.announcement(eve.peer_id) is None
+        assert ann.view(eve.peer_id) is None
+        assert ann.host.connection_to(bob.peer) is not None
+
+
+async def test_a_stranger_cannot_announce(autojump_clock: MockClock, tmp_path: Path) -> None:
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
+        small_node("eve", machine(world, 2), tmp_path / "e") as eve,
+    ):
+        ann.membership.create_network()
+        await eve.host.dial(ann.peer, ann.host.addresses)
+
+        with pytest.raises(SwarmError):
+            await (await push(eve, ann, b"anything")).receive(Announce)
+
+
+async def test_third_party_records_cannot_aim_dials_at_one_victim(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Goal: at most one dial a minute to one IP, on one member's word.
+
+    Method: bob signs twenty members in, each "listening" on another port of 192.0.2.7, where
+    somebody accepts connections and says nothing.
+    """
+    dials: list[str] = []
+    world = SimNetwork(
+        observe=lambda kind, source, target, data: dials.append(target) if kind == "dial" else None
+    )
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "b") as bob,
+    ):
+        await join(bob, ann)
+        (membership,) = bob.membership.own_memberships().values()
+        victim = world.network("192.0.2.7")
+        doors = [
+            await victim.listen(Address(f"/ip4/192.0.2.7/tcp/{1000 + number}"))
+            for number in range(20)
+        ]
+        dials.clear()
+        for number in range(20):
+            sybil = Identity(bytes([number]) * 32)
+            proof = issue(
+                bob.host.identity,
+                authority=membership,
+                network_id=membership.network_id,
+                network_name="",
+                member=sybil.peer_id,
+                can_invite=False,
+                serial=number,
+                wall_s=wall_time(),
+            )
+            announcement = Announcement(
+                peer=sybil.peer_id,
+                seq=1,
+                issued_wall_s=int(wall_time()),
+                membership=proof,
+                name="sybil",
+                addresses=(f"/ip4/192.0.2.7/tcp/{1000 + number}",),
+            )
+            await push(bob, ann, seal_announcement(sybil, announcement))
+
+        await trio.sleep(50)
+        first_minute = len(dials)
+        await trio.sleep(300)
+
+        assert first_minute == 1
+        assert 2 <= len(dials) <= 6
+        for door in doors:
+            door.close()

@@ -1,0 +1,536 @@
+"""One stage, spoken to by hand: a test peer plays coordinator and first stage of a ring of two."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import trio
+from rings import CONTEXT, MODEL_ID, Node, budget_for, open_swarm
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from swarmpy.abc import Address, Row, Stream, Want
+from swarmpy.config import SESSION_LEASE_S
+from swarmpy.errors import ConnectionLost, NetworkError, SwarmError
+from swarmpy.identity import Identity
+from swarmpy.net.host import NativeHost
+from swarmpy.net.messages import MessageStream
+from swarmpy.pipeline.links import PROTOCOL
+from swarmpy.proto import wire
+from swarmpy.proto.pipeline import (
+    Accepted,
+    Close,
+    Describe,
+    Described,
+    Description,
+    Edge,
+    First,
+    HiddenStep,
+    Load,
+    Loaded,
+    Offer,
+    Open,
+    Opened,
+    OpenRefused,
+    Refused,
+    Report,
+    Sampling,
+    SessionFailed,
+    TokenFrame,
+    TokenStep,
+    encode_step,
+)
+from swarmpy.proto.tensor import Hidden, Tensor
+from swarmpy.testing.engine import EchoModel, EchoShard, inspection_of, reply
+from swarmpy.testing.network import SimNetwork
+
+PROMPT = list(range(5, 25))
+CUT = 6
+PIPELINE = b"p" * 16
+SESSION = b"s" * 16
+MODEL = EchoModel()
+
+
+@dataclass
+class Hand:
+    """A peer that plays coordinator and first stage."""
+
+    host: NativeHost
+    node: Node
+    shard: EchoShard
+    tokens: trio.MemoryReceiveChannel[TokenFrame]
+    streams: list[MessageStream] = field(default_factory=list)
+
+    async def open_stream(self, first: msgspec.Struct) -> MessageStream:
+        stream = MessageStream(await self.host.open_stream(self.node.peer, [PROTOCOL]))
+        await stream.send(first)
+        return stream
+
+    def offer(self, **changes: Any) -> Offer:
+        inspection = inspection_of(MODEL)
+        offer = Offer(
+            pipeline=PIPELINE,
+            model_id=MODEL_ID,
+            stage=1,
+            ring=(self.host.identity.peer_id, self.node.peer),
+            cuts=(0, CUT, MODEL.layers),
+            slots=2,
+            context=CONTEXT,
+            exact=True,
+            received=tuple(inspection.wire_specs[CUT]),
+            sent=(),
+            expected_bytes=0,
+        )
+        return msgspec.structs.replace(offer, **changes)
+
+    def open(self, session: bytes = SESSION, **changes: Any) -> Open:
+        peers = (self.host.identity.peer_id, self.node.peer)
+        opened = Open(
+            session=session,
+            epoch=1,
+            audience=peers,
+            lease_s=SESSION_LEASE_S,
+            sampling=Sampling(),
+            reply_position=len(PROMPT),
+            max_tokens=100,
+        )
+        return msgspec.structs.replace(opened, **changes)
+
+    async def loaded(self, **changes: Any) -> MessageStream:
+        """A control stream whose stage is ready."""
+        control = await self.open_stream(self.offer(**changes))
+        assert isinstance(await receive(control), Accepted)
+        await control.send(Load())
+        assert isinstance(await receive(control), Loaded)
+        return control
+
+    async def with_session(self) -> MessageStream:
+        control = await self.loaded()
+        await control.send(self.open())
+        assert isinstance(await receive(control), Opened)
+        return control
+
+    def compute(self, ids: list[int], position: int) -> Hidden:
+        """What the first stage's layers make of token ids."""
+        row = Row(
+            slot=0,
+            position=position,
+            count=len(ids),
+            token_ids=np.array(ids, np.int32),
+            hidden=None,
+            want=Want.HIDDEN,
+        )
+        hidden = self.shard.step([row])[0].hidden
+        assert hidden is not None
+        return hidden
+
+
+def step(hidden: Hidden, **changes: Any) -> HiddenStep:
+    header = HiddenStep(
+        session=SESSION,
+        epoch=1,
+        step=0,
+        position=0,
+        count=hidden[0].shape[0],
+        want="last_logits",
+        tensors=tuple(tensor.spec for tensor in hidden),
+        engine_us=(1,),
+    )
+    return msgspec.structs.replace(header, **changes)
+
+
+async def receive(control: MessageStream) -> Report:
+    with trio.fail_after(1000):
+        return await control.receive(Report)  # type: ignore[arg-type]
+
+
+EDGE = Edge(pipeline=PIPELINE, kind="step", stage=1)
+
+
+@asynccontextmanager
+async def open_hand(folder: Path) -> AsyncIterator[Hand]:
+    world = SimNetwork()
+    send, received = trio.open_memory_channel[TokenFrame](1000)
+    async with (
+        open_swarm(
+            folder, count=1, model=MODEL, networks=lambda _: world.network("10.0.0.1")
+        ) as swarm,
+        trio.open_nursery() as nursery,
+    ):
+        draw = random.Random(99)
+        host = NativeHost(Identity.generate(draw), world.network("10.0.9.9"), random=draw)
+        await nursery.start(host.run)
+
+        async def take_tokens(stream: Stream) -> None:
+            messages = MessageStream(stream)
+            await messages.receive(First)  # type: ignore[arg-type]
+            while (frame := await messages.receive_frame(4096)) is not None:
+                send.send_nowait(wire.decode(frame, TokenFrame))
+
+        host.set_handler(PROTOCOL, take_tokens)
+        await host.dial(swarm.nodes[0].peer, [Address("/ip4/10.0.0.1/tcp/4001")])
+        shard = EchoShard(MODEL, start=0, end=CUT, slots=1, context=CONTEXT)
+        yield Hand(host, swarm.nodes[0], shard, received)
+        nursery.cancel_scope.cancel()
+
+
+# Steps -------------------------------------------------------------------------------
+
+
+async def test_steps_by_hand_give_the_reply(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with open_hand(tmp_path) as hand:
+        await hand.with_session()
+        edge = await hand.open_stream(EDGE)
+        ids, position, tokens = PROMPT, 0, []
+        for index in range(10):
+            hidden = hand.compute(ids, position)
+            await edge.send_frame(encode_step(step(hidden, step=index, position=position), hidden))
+            token = await hand.tokens.receive()
+            position += len(ids)
+            ids = [token.token]
+            tokens.append(token.token)
+
+    assert tokens == reply(MODEL, PROMPT, 10)
+
+
+async def test_a_step_that_comes_twice_is_answered_twice_and_computed_once(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_hand(tmp_path) as hand:
+        await hand.with_session()
+        edge = await hand.open_stream(EDGE)
+        hidden = hand.compute(PROMPT, 0)
+        frame = encode_step(step(hidden), hidden)
+        await edge.send_frame(frame)
+        await edge.send_frame(frame)
+        first, again = await hand.tokens.receive(), await hand.tokens.receive()
+        hidden = hand.compute([first.token], len(PROMPT))
+        await edge.send_frame(encode_step(step(hidden, step=1, position=len(PROMPT)), hidden))
+        second = await hand.tokens.receive()
+
+    assert first == again
+    assert [first.token, second.token] == reply(MODEL, PROMPT, 2)
+
+
+async def test_a_step_of_an_old_epoch_is_dropped(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with open_hand(tmp_path) as hand:
+        await hand.with_session()
+        edge = await hand.open_stream(EDGE)
+        hidden = hand.compute(PROMPT, 0)
+        await edge.send_frame(encode_step(step(hidden, epoch=0), hidden))
+        await edge.send_frame(encode_step(step(hidden), hidden))
+
+        assert (await hand.tokens.receive()).epoch == 1
+        await wait_all_tasks_blocked()
+        assert hand.tokens.statistics().current_buffer_used == 0
+
+
+async def test_a_position_before_the_end_cuts_the_slot_back(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_hand(tmp_path) as hand:
+        await hand.with_session()
+        edge = await hand.open_stream(EDGE)
+        other = [*PROMPT[:10], 77, 78]
+        for index, (ids, position) in enumerate([(PROMPT, 0), (other[10:], 10)]):
+            hidden = hand.compute(ids, position)
+            await edge.send_frame(encode_step(step(hidden, step=index, position=position), hidden))
+            token = await hand.tokens.receive()
+
+    assert token.token == reply(MODEL, other, 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"step": 1}, "step 1 came, step 0 is next"),
+        ({"position": 5}, "the slot ends at 0"),
+    ],
+)
+async def test_a_gap_ends_the_session(
+    tmp_path: Path, changes: dict[str, int], match: str, autojump_clock: MockClock
+) -> None:
+    async with open_hand(tmp_path) as hand:
+        control = await hand.with_session()
+        edge = await hand.open_stream(EDGE)
+        hidden = hand.compute(PROMPT, 0)
+        await edge.send_frame(encode_step(step(hidden, **changes), hidden))
+        failed = await receive(control)
+
+        assert isinstance(failed, SessionFailed)
+        assert failed.error == "RowError"
+        assert match in failed.message
+        assert hand.node.service.session_count == 0
+
+
+def _spoiled(hand: Hand, kind: str) -> bytes:
+    hidden = hand.compute(PROMPT, 0)
+    data = np.frombuffer(hidden[0].data, np.float32).copy()
+    match kind:
+        case "NaN":
+            data[100] = np.nan
+            bad = (Tensor("float32", hidden[0].shape, data.tobytes()),)
+            return encode_step(step(bad), bad)
+        case "infinity":
+            data[100] = -np.inf
+            bad = (Tensor("float32", hidden[0].shape, data.tobytes()),)
+            return encode_step(step(bad), bad)
+        case "dtype":
+            bad = (Tensor("int32", hidden[0].shape, hidden[0].data),)
+            return encode_step(step(bad), bad)
+        case "shape":
+            bad = (Tensor("float32", (10, 128), hidden[0].data),)
+            return encode_step(step(bad, count=20), bad)
+        case "missing":
+            return encode_step(step(hidden, tensors=()), ())
+        case "too many":
+            return encode_step(step((hidden[0],), tensors=(hidden[0].spec,) * 2), hidden * 2)
+        case "short":
+            return encode_step(step(hidden), hidden)[:-1]
+        case "count":
+            return encode_step(step(hidden, count=21), hidden)
+        case "times":
+            return encode_step(step(hidden, engine_us=()), hidden)
+        case "token ids":
+            header = step(hidden)
+            fields = {name: getattr(header, name) for name in header.__struct_fields__}
+            ids = np.array(PROMPT, "<i4").tobytes()
+            return encode_step(TokenStep(**fields, token_ids=ids), hidden)
+        case "garbage":
+            return b"\x05hello, world"
+        case _:
+            return bytes(70_000)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "NaN",
+        "infinity",
+        "dtype",
+        "shape",
+        "missing",
+        "too many",
+        "short",
+        "count",
+        "times",
+        "token ids",
+        "garbage",
+        "too large",
+    ],
+)
+async def test_a_bad_step_closes_its_stream_and_names_the_error(
+    tmp_path: Path, kind: str, autojump_clock: MockClock
+) -> None:
+    """The engine never sees it, the slot is free, and the stage goes on."""
+    async with open_hand(tmp_path) as hand:
+        control = await hand.with_session()
+        edge = await hand.open_stream(EDGE)
+        await edge.send_frame(_spoiled(hand, kind))
+        failed = await receive(control)
+
+        assert isinstance(failed, SessionFailed)
+        assert failed.error in ("BadMessage", "FrameTooLarge")
+        assert hand.node.used_slots == 0
+        with pytest.raises(NetworkError):
+            await edge.receive_frame(1)
+        await control.send(hand.open(b"t" * 16))
+        assert isinstance(await receive(control), Opened)
+
+
+async def test_only_the_stage_before_may_send_steps(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """The test peer is stage 0 by id; here it claims that somebody else is."""
+    async with open_hand(tmp_path) as hand:
+        other = Identity.generate(random.Random(5)).peer_id
+        control = await hand.open_stream(hand.offer(ring=(other, hand.node.peer)))
+        assert isinstance(await receive(control), Accepted)
+        edge = await hand.open_stream(EDGE)
+        hidden = hand.compute(PROMPT, 0)
+        await edge.send_frame(encode_step(step(hidden), hidden))
+
+        with pytest.raises(NetworkError):
+            await edge.receive_frame(1)
+
+
+# Sessions ------------------------------------------------------------------------------
+
+
+async def test_a_session_without_beats_loses_its_slot_when_its_lease_ends(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_hand(tmp_path) as hand:
+        control = await hand.with_session()
+        began = trio.current_time()
+        failed = await receive(control)
+
+        assert isinstance(failed, SessionFailed)
+        assert SESSION_LEASE_S <= trio.current_time() - began <= 1.2 * SESSION_LEASE_S + 1
+        assert hand.node.service.session_count == 0
+
+
+async def test_a_third_session_finds_both_slots_taken_until_one_is_closed(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_hand(tmp_path) as hand:
+        control = await hand.with_session()
+        await control.send(hand.open(b"t" * 16))
+        assert isinstance(await receive(control), Opened)
+        await control.send(hand.open(b"u" * 16))
+        refused = await receive(control)
+        await control.send(Close(session=SESSION))
+        await control.send(hand.open(b"u" * 16))
+
+        assert isinstance(refused, OpenRefused)
+        assert refused.is_busy
+        assert isinstance(await receive(control), Opened)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"sampling": None}, "how to sample"),
+        ({"audience": ("12D3KooWStranger",)}, "outside the ring"),
+        ({"history": b"abc"}, "int32"),
+    ],
+)
+async def test_an_open_that_contradicts_the_ring_is_refused(
+    tmp_path: Path, changes: dict[str, Any], match: str, autojump_clock: MockClock
+) -> None:
+    async with open_hand(tmp_path) as hand:
+        control = await hand.loaded()
+        await control.send(hand.open(**changes))
+        refused = await receive(control)
+
+        assert isinstance(refused, OpenRefused)
+        assert not refused.is_busy
+        assert match in refused.message
+
+
+async def test_a_token_goes_to_nobody_outside_the_audience(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """The coordinator left itself out: the token is made and stays where it is."""
+    async with open_hand(tmp_path) as hand:
+        control = await hand.loaded()
+        await control.send(hand.open(audience=(hand.node.peer,)))
+        assert isinstance(await receive(control), Opened)
+        edge = await hand.open_stream(EDGE)
+        hidden = hand.compute(PROMPT, 0)
+        await edge.send_frame(encode_step(step(hidden), hidden))
+        failed = await receive(control)
+
+        assert isinstance(failed, SessionFailed)
+        assert "audience" in failed.message
+        assert hand.tokens.statistics().current_buffer_used == 0
+
+
+# Offers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"cuts": (0, CUT)}, "no ring"),
+        ({"cuts": (0, CUT, 11)}, "do not cover"),
+        ({"cuts": (0, 13, 12)}, "do not cover"),
+        ({"cuts": (1, CUT, 12)}, "do not cover"),
+        ({"stage": 0}, "not this node"),
+        ({"stage": 5}, "not this node"),
+        ({"received": ()}, "tensors between layers differ"),
+        ({"slots": 4096, "context": 1}, "context 1"),
+        ({"context": 100_000}, "context 100000"),
+        ({"slots": 4000}, "need"),
+    ],
+)
+async def test_an_offer_that_contradicts_itself_or_the_engine_is_refused(
+    tmp_path: Path, changes: dict[str, Any], match: str, autojump_clock: MockClock
+) -> None:
+    async with open_hand(tmp_path) as hand:
+        control = await hand.open_stream(hand.offer(**changes))
+        refused = await receive(control)
+
+        assert isinstance(refused, Refused)
+        assert match in refused.message
+        assert await control.receive_frame(1000) is None
+
+
+async def test_a_second_offer_of_one_pipeline_is_refused(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_hand(tmp_path) as hand:
+        await hand.loaded()
+        second = await hand.open_stream(hand.offer())
+
+        assert isinstance(await receive(second), Refused)
+
+
+async def test_an_offer_reserves_its_memory_until_the_stream_ends(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_hand(tmp_path) as hand:
+        service = hand.node.service
+        control = await hand.open_stream(hand.offer())
+        assert isinstance(await receive(control), Accepted)
+        reserved = service.memory_bytes_free
+        control.reset()
+        await wait_all_tasks_blocked()
+
+        assert reserved < budget_for(MODEL, 1)
+        assert service.memory_bytes_free == service.memory_bytes_max > reserved
+
+
+async def test_a_session_cannot_be_opened_before_the_shard_is_loaded(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_hand(tmp_path) as hand:
+        control = await hand.open_stream(hand.offer())
+        assert isinstance(await receive(control), Accepted)
+        await control.send(hand.open())
+
+        assert isinstance(await receive(control), OpenRefused)
+
+
+# Streams -----------------------------------------------------------------------------------
+
+
+async def test_a_stage_describes_the_model_as_its_engine_sees_it(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_hand(tmp_path) as hand:
+        stream = await hand.open_stream(Describe(model_id=MODEL_ID))
+        answer = await stream.receive(Description)  # type: ignore[arg-type]
+
+        assert isinstance(answer, Described)
+        assert answer.layer_count == MODEL.layers
+        assert len(answer.wire_specs) == MODEL.layers - 1
+
+
+@pytest.mark.parametrize("first", [b"", b"GET / HTTP/1.1", b"\xff" * 100, bytes(70_000)])
+async def test_any_other_first_message_closes_the_stream_and_nothing_else(
+    tmp_path: Path, first: bytes, autojump_clock: MockClock
+) -> None:
+    async with open_hand(tmp_path) as hand:
+        stream = MessageStream(await hand.host.open_stream(hand.node.peer, [PROTOCOL]))
+        await stream.send_frame(first)
+        with pytest.raises(SwarmError):
+            await stream.receive(Report)  # type: ignore[arg-type]
+
+        await hand.with_session()
+
+
+async def test_steps_of_an_unknown_pipeline_are_not_read(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_hand(tmp_path) as hand:
+        stream = await hand.open_stream(Edge(pipeline=b"?" * 16, kind="token"))
+        with pytest.raises((NetworkError, ConnectionLost)):
+            await stream.receive_frame(1)

@@ -1,0 +1,105 @@
+"""Frames between a node and its engine's child: any bytes make a frame or a named error."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarmpy.errors import BadMessage, FrameTooLarge
+from swarmpy.proto import engine, wire
+from swarmpy.proto.tensor import Tensor, TensorSpec
+
+
+def read_frames(data: bytes) -> list[tuple[bytes, bytes]]:
+    """Read frames as they would come in over a pipe."""
+    reader = engine.FrameReader()
+    frames = []
+    rest = memoryview(data)
+    while rest:
+        count = min(len(reader.wanted), len(rest))
+        reader.wanted[:count] = rest[:count]
+        rest = rest[count:]
+        if (frame := reader.received(count)) is not None:
+            frames.append((bytes(frame[0]), bytes(frame[1])))
+    return frames
+
+
+def joined(message: engine.Request | engine.Reply, tensors: list[Tensor]) -> bytes:
+    return b"".join(engine.encode_frame(message, tensors))
+
+
+def test_a_step_survives_the_pipe() -> None:
+    row = engine.RowHeader(2, 64, 1, True, 1, "hidden")
+    tensors = [Tensor("int32", (1,), b"\x07\0\0\0"), Tensor("float32", (1, 2), bytes(8))]
+    step = engine.Step(id=5, rows=(row,), tensors=tuple(tensor.spec for tensor in tensors))
+
+    [(head, payload)] = read_frames(joined(step, tensors))
+
+    decoded = engine.decode_request(memoryview(head))
+    assert decoded == step
+    assert engine.split_tensors(step.tensors, memoryview(payload)) == tensors
+
+
+def test_frames_behind_each_other_are_told_apart() -> None:
+    pings = [engine.Ping(id=number) for number in range(3)]
+
+    frames = read_frames(b"".join(joined(ping, []) for ping in pings))
+
+    assert [engine.decode_request(memoryview(head)) for head, _ in frames] == pings
+
+
+def test_a_reply_is_no_request() -> None:
+    with pytest.raises(BadMessage):
+        engine.decode_request(memoryview(wire.encode(engine.Pong(id=1))))
+
+
+def test_a_request_is_no_reply() -> None:
+    with pytest.raises(BadMessage):
+        engine.decode_reply(memoryview(wire.encode(engine.Ping(id=1))))
+
+
+@pytest.mark.parametrize(
+    ("head_bytes", "payload_bytes", "error"),
+    [
+        (0, 0, BadMessage),
+        (wire.MESSAGE_BYTES_MAX + 1, 0, FrameTooLarge),
+        (1, engine.PAYLOAD_BYTES_MAX + 1, FrameTooLarge),
+    ],
+)
+def test_a_frame_beyond_its_bounds_is_refused_before_it_is_read(
+    head_bytes: int, payload_bytes: int, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        read_frames(engine.PREFIX.pack(head_bytes, payload_bytes))
+
+
+def test_tensors_beyond_the_bound_are_not_sent() -> None:
+    huge = Tensor("uint8", (1,), memoryview(bytes(1)))
+    one_too_many = [Tensor("uint8", (1,), memoryview(bytes(1024 * 1024)))] * 257
+
+    with pytest.raises(FrameTooLarge):
+        engine.encode_frame(engine.Free(id=1, slot=0), [huge, *one_too_many])
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_tensors_that_do_not_fill_the_payload_are_refused(size: int) -> None:
+    with pytest.raises(BadMessage, match="tensors of 4 bytes declared"):
+        engine.split_tensors([TensorSpec("uint8", (4,))], memoryview(bytes(size)))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_frames_or_a_named_error(data: bytes) -> None:
+    try:
+        for head, _ in read_frames(data):
+            engine.decode_request(memoryview(head))
+    except (BadMessage, FrameTooLarge):
+        pass
+
+
+@given(st.binary(max_size=200))
+def test_any_message_bytes_are_a_reply_or_bad(data: bytes) -> None:
+    try:
+        engine.decode_reply(memoryview(data))
+    except BadMessage:
+        pass

@@ -1,0 +1,139 @@
+"""Nodes of host, membership and discovery alone: what the trust and discovery tests run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from swarmpy.abc import Address, DiscoverySource, Network, WallSeconds
+from swarmpy.config import NetworkConfig
+from swarmpy.discovery.cache import PeerCache
+from swarmpy.discovery.service import Discovery, PeerView
+from swarmpy.discovery.trust import Trust
+from swarmpy.environment import Environment
+from swarmpy.identity import Identity, PeerId
+from swarmpy.net.host import NativeHost
+from swarmpy.testing.network import SimNetwork
+from swarmpy.trust.membership import Membership
+
+WALL_START_S = 1_700_000_000.0
+
+
+def wall_time() -> WallSeconds:
+    """Unix seconds that pass with trio's clock."""
+    return WallSeconds(WALL_START_S + trio.current_time())
+
+
+@dataclass
+class Clock:
+    """A wall clock that a test may set."""
+
+    offset_s: float = 0.0
+
+    def __call__(self) -> WallSeconds:
+        return WallSeconds(wall_time() + self.offset_s)
+
+
+@dataclass
+class SmallNode:
+    """A node without engines, models and gateway."""
+
+    name: str
+    environment: Environment
+    host: NativeHost
+    membership: Membership
+    discovery: Discovery | None
+    stop: Callable[[], None]
+
+    @property
+    def peer(self) -> PeerId:
+        return self.host.identity.peer_id
+
+    def view(self, peer: PeerId) -> PeerView | None:
+        assert self.discovery is not None
+        return next((view for view in self.discovery.peers() if view.peer == peer), None)
+
+
+@asynccontextmanager
+async def small_node(
+    name: str,
+    network: Network,
+    folder: Path,
+    *,
+    listen: str = "/ip4/0.0.0.0/tcp/4001",
+    clock: Callable[[], WallSeconds] = wall_time,
+    with_discovery: bool = False,
+    sources: Callable[[NativeHost, Environment], Sequence[DiscoverySource]] = lambda *_: (),
+    config: NetworkConfig | None = None,
+) -> AsyncIterator[SmallNode]:
+    """Run a node. Its identity comes of its name; its networks and cache are those of `folder`."""
+    environment = Environment(
+        network=network,
+        folder=folder,
+        cache_folder=folder / "models",
+        random=random.Random(),
+        wall_time=clock,
+        mdns=False,
+    )
+    identity = Identity.generate(random.Random(name))
+    host = NativeHost(identity, network, random=environment.random, wall_time=clock)
+    membership = Membership(
+        identity=identity, name=name, folder=folder, environment=environment, host=host
+    )
+    cache = PeerCache(folder / "peers.db")
+    discovery: Discovery | None = None
+    if with_discovery:
+        discovery = Discovery(
+            host=host,
+            environment=environment,
+            identity=identity,
+            name=name,
+            config=config or NetworkConfig(),
+            trust=Trust(
+                is_member=membership.is_member,
+                confirm=membership.confirm,
+                shared_networks=membership.shared_networks,
+                own_memberships=membership.own_memberships,
+            ),
+            sources=(cache, *sources(host, environment)),
+            cache=cache,
+        )
+        membership.on_member(discovery.member_joined)
+        membership.on_lost(discovery.member_lost)
+        membership.on_network(discovery.networks_changed)
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(host.run)
+            await host.listen(Address(listen))
+            await nursery.start(membership.run)
+            if discovery is not None:
+                await nursery.start(discovery.run)
+            yield SmallNode(
+                name=name,
+                environment=environment,
+                host=host,
+                membership=membership,
+                discovery=discovery,
+                stop=nursery.cancel_scope.cancel,
+            )
+            nursery.cancel_scope.cancel()
+    finally:
+        membership.close()
+        cache.close()
+
+
+async def until(condition: Callable[[], bool], *, within_s: float = 5.0) -> None:
+    """Wait for a condition that no event tells of; fail after `within_s` on trio's clock."""
+    with trio.fail_after(within_s):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await trio.sleep(0.01)
+
+
+def machine(world: SimNetwork, number: int) -> Network:
+    """Return the network as machine `number` of a simulated LAN sees it."""
+    return world.network(f"10.0.0.{number}")

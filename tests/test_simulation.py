@@ -1,0 +1,103 @@
+"""Three real nodes on in-memory byte streams and a virtual clock: the whole story, repeatable."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import trio
+
+from swarmpy.node import Node
+from swarmpy.proto.pipeline import Sampling
+from swarmpy.testing.engine import reply
+from swarmpy.testing.network import Link
+from swarmpy.testing.simulation import Run, Simulation, run_simulation
+from tests.swarms import MODEL, config, join_all, wait_no_sessions
+
+LINK = Link(latency_s=0.01, bytes_per_s=12_500_000)
+"""A home network's worst case: 20 ms round trip, 100 Mbit/s."""
+
+PROMPT = list(range(130))
+
+
+@asynccontextmanager
+async def simulated_swarm(simulation: Simulation) -> AsyncIterator[list[Node]]:
+    """Three nodes with machines of their own, joined, with a model that none can hold alone."""
+    with TemporaryDirectory() as folder:
+        async with AsyncExitStack() as stack:
+            nodes = []
+            for index, name in enumerate(("a", "b", "c")):
+                host = f"10.0.0.{index + 1}"
+                settings = config(name, listen=(f"/ip4/{host}/tcp/4001",))
+                environment = simulation.environment(host, Path(folder) / name)
+                nodes.append(await stack.enter_async_context(Node.open(settings, environment)))
+            await join_all(nodes, MODEL.write(Path(folder) / "echo"))
+            yield nodes
+
+
+async def tell_the_story(simulation: Simulation) -> dict[str, object]:
+    """Join, plan, reply, cancel; then say what came of it."""
+    async with simulated_swarm(simulation) as nodes:
+        async with await nodes[0].generate("echo", PROMPT, Sampling(), max_tokens=40) as whole:
+            tokens = [token.id async for token in whole]
+        async with await nodes[1].generate("echo", PROMPT, Sampling(), max_tokens=99) as cut:
+            await anext(cut)
+        await wait_no_sessions(*nodes)
+        return {
+            "tokens": tokens,
+            "stages": [(stage.name, stage.start, stage.end) for stage in whole.pipeline.stages],
+            "loop_ms": whole.report.loop_ms_p50,
+            "took_s": trio.current_time(),
+        }
+
+
+async def ask_everywhere_at_once(simulation: Simulation) -> dict[str, list[int]]:
+    """Three coordinators want the same model at the same time; each would lay it out otherwise."""
+    answers: dict[str, list[int]] = {}
+
+    async def ask(node: Node) -> None:
+        await trio.sleep(simulation.random.random() * 0.1)
+        async with await node.generate("echo", PROMPT, Sampling(), max_tokens=5) as generation:
+            answers[node.name] = [token.id async for token in generation]
+
+    async with simulated_swarm(simulation) as nodes, trio.open_nursery() as nursery:
+        for node in nodes:
+            nursery.start_soon(ask, node)
+    return answers
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_coordinators_that_compete_for_memory_all_get_their_reply(seed: int) -> None:
+    answers = run_simulation(ask_everywhere_at_once, seed=seed, link=LINK).result
+
+    assert answers == dict.fromkeys("abc", reply(MODEL, PROMPT, 5))
+
+
+def run(seed: int) -> Run[dict[str, object]]:
+    return run_simulation(tell_the_story, seed=seed, link=LINK)
+
+
+def test_three_simulated_nodes_join_plan_reply_and_cancel() -> None:
+    result = run(1).result
+
+    assert result["tokens"] == reply(MODEL, PROMPT, 40)
+    assert sorted(name for name, _, _ in result["stages"]) == ["a", "b", "c"]  # type: ignore[attr-defined]
+
+
+def test_a_token_costs_one_hop_for_each_stage() -> None:
+    """A ring of three on 10 ms links: 30 ms a token. Through the coordinator it would be 60."""
+    loop_ms = run(1).result["loop_ms"]
+
+    assert isinstance(loop_ms, float)
+    assert 30.0 <= loop_ms < 31.0
+
+
+def test_same_seed_gives_the_same_trace_and_another_seed_another() -> None:
+    first, again, other = run(7), run(7), run(8)
+
+    assert first.trace.digest == again.trace.digest
+    assert first.result == again.result
+    assert first.trace.digest != other.trace.digest

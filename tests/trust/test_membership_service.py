@@ -1,0 +1,333 @@
+"""Who is a member, what a stranger may do, and how membership ends and goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+from small_nodes import Clock, SmallNode, machine, small_node, until
+from trio.testing import MockClock
+
+from swarmpy.abc import ProtocolId, Stream
+from swarmpy.errors import NotAMember, RemoteProtocolError, StreamReset
+from swarmpy.identity import PeerId
+from swarmpy.net.messages import MessageStream
+from swarmpy.proto.membership import Done, Hello, Proofs, network_tag
+from swarmpy.testing.network import Link, SimNetwork
+from swarmpy.trust.exchange import channel_binding
+from swarmpy.trust.membership import PROTOCOL
+
+WORK = ProtocolId("/swarmpy/work/1")
+DAY_S = 86400.0
+
+
+async def join(joiner: SmallNode, issuer: SmallNode) -> None:
+    if not issuer.membership.networks():
+        issuer.membership.create_network()
+    await joiner.membership.redeem((await issuer.membership.create_invite()).code)
+    await issuer.membership.wait_member(joiner.peer)
+
+
+def serve_work(node: SmallNode) -> list[PeerId]:
+    """Serve a protocol that only members may use; return who used it."""
+    served: list[PeerId] = []
+
+    async def handle(stream: Stream) -> None:
+        served.append(stream.peer)
+        await stream.send_all(b"done")
+
+    node.host.set_handler(WORK, handle)
+    return served
+
+
+async def ask_work(node: SmallNode, peer: PeerId) -> bytes:
+    stream = await node.host.open_stream(peer, [WORK])
+    await stream.send_all(b"work")
+    return await stream.receive_some()
+
+
+async def test_a_stranger_is_served_nothing_but_identify_ping_and_membership(
+    autojump_clock: MockClock,
+    tmp_path: Path,
+) -> None:
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
+        small_node("eve", machine(world, 2), tmp_path / "eve") as eve,
+    ):
+        served = serve_work(ann)
+        ann.membership.create_network()
+        eve.membership.create_network()
+        await eve.host.dial(ann.peer, ann.host.addresses)
+
+        assert not await eve.membership.confirm(ann.peer)
+        with pytest.raises(RemoteProtocolError):
+            await ask_work(eve, ann.peer)
+        await eve.host.ping(ann.peer)
+        await until(lambda: eve.host.identified(ann.peer) is not None)
+        identified = eve.host.identified(ann.peer)
+
+        assert served == []
+        assert identified is not None
+        assert WORK not in identified.protocols
+
+
+async def test_a_member_is_served(autojump_clock: MockClock, tmp_path: Path) -> None:
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
+        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
+    ):
+        serve_work(ann)
+        await join(bob, ann)
+
+        assert await ask_work(bob, ann.peer) == b"done"
+
+
+async def test_no_stream_opened_on_hearing_of_a_member_is_refused(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Goal: neither side calls the other a member before that one serves it.
+
+    Method: 100 ms of latency, and both open a stream in the very call-back.
+    """
+    world = SimNetwork(link=Link(latency_s=0.1))
+    answers: list[bytes] = []
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
+        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def ask(node: SmallNode, peer: PeerId) -> None:
+            answers.append(await ask_work(node, peer))
+
+        for node in (ann, bob):
+            serve_work(node)
+            node.membership.on_member(lambda peer, node=node: nursery.start_soon(ask, node, peer))
+        await join(bob, ann)
+        await until(lambda: len(answers) == 2)
+
+        assert answers == [b"done", b"done"]
+
+
+async def test_a_stranger_learns_nothing_of_this_nodes_networks(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Tags that name no network of ours get an empty answer, whatever we are in."""
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
+        small_node("eve", machine(world, 2), tmp_path / "eve") as eve,
+    ):
+        ann.membership.create_network()
+        await eve.host.dial(ann.peer, ann.host.addresses)
+        messages = MessageStream(await eve.host.open_stream(ann.peer, [PROTOCOL]))
+
+        await messages.send(Hello(tags=(bytes(32), b"t" * 32)))
+
+        assert await messages.receive(Proofs) == Proofs(proofs=())
+
+
+async def test_another_members_proof_admits_nobody(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Goal: a proof copied from a member is worthless. Method: eve knows the id and shows bob's."""
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
+        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
+        small_node("eve", machine(world, 3), tmp_path / "eve") as eve,
+    ):
+        await join(bob, ann)
+        ((network_id, stolen),) = bob.membership.own_memberships().items()
+        await eve.host.dial(ann.peer, ann.host.addresses)
+        stream = await eve.host.open_stream(ann.peer, [PROTOCOL])
+        binding = channel_binding(stream)
+        messages = MessageStream(stream)
+
+        tag = network_tag(network_id, channel_binding=binding, role="initiator")
+        await messages.send(Hello(tags=(tag,)))
+        shown = await messages.receive(Proofs)
+        await messages.send(Proofs(proofs=(stolen.proof,)))
+        with pytest.raises(StreamReset):
+            await messages.receive(Done)
+
+        assert len(shown.proofs) == 1
+        assert not ann.membership.is_member(eve.peer)
+
+
+async def test_a_stranger_that_stays_one_is_sent_away(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
+        small_node("eve", machine(world, 2), tmp_path / "eve") as eve,
+    ):
+        await eve.host.dial(ann.peer, ann.host.addresses)
+        await trio.sleep(20)
+        assert ann.host.connection_to(eve.peer) is not None
+
+        await trio.sleep(20)
+
+        assert ann.host.connection_to(eve.peer) is None
+
+
+async def test_a_member_that_leaves_is_lost_and_one_that_returns_is_told_again(
+    autojump_clock: MockClock,
+    tmp_path: Path,
+) -> None:
+    world = SimNetwork()
+    told: list[str] = []
+    async with small_node("ann", machine(world, 1), tmp_path / "ann") as ann:
+        ann.membership.on_member(lambda peer: told.append("member"))
+        ann.membership.on_lost(lambda peer: told.append("lost"))
+        async with small_node("bob", machine(world, 2), tmp_path / "bob") as bob:
+            await join(bob, ann)
+        await until(lambda: not ann.membership.members())
+        async with small_node("bob", machine(world, 2), tmp_path / "bob") as bob:
+            await bob.host.dial(ann.peer, ann.host.addresses)
+            await ann.membership.wait_member(bob.peer)
+
+    assert told == ["member", "lost", "member"]
+
+
+async def test_networks_made_and_joined_survive_a_restart(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
+        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
+    ):
+        await join(bob, ann)
+        before = [*ann.membership.networks(), *bob.membership.networks()]
+
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
+        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
+    ):
+        assert [*ann.membership.networks(), *bob.membership.networks()] == before
+        assert [view.is_founder for view in before] == [True, False]
+
+
+async def test_a_record_that_ends_soon_is_renewed_by_a_connected_member(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    clock = Clock()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann", clock=clock) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "bob", clock=clock) as bob,
+    ):
+        await join(bob, ann)
+        before = bob.membership.networks()[0].not_after_wall_s
+        clock.offset_s += 25 * DAY_S
+
+        await trio.sleep(1300)
+
+        assert bob.membership.networks()[0].not_after_wall_s - before > 24 * DAY_S
+        assert ann.membership.is_member(bob.peer)
+        clock.offset_s += 10 * DAY_S
+        assert ann.membership.is_member(bob.peer)
+
+
+async def test_a_record_that_nobody_renewed_ends_membership(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    clock = Clock()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann", clock=clock) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "bob", clock=clock) as bob,
+    ):
+        serve_work(ann)
+        await join(bob, ann)
+        clock.offset_s += 31 * DAY_S
+
+        assert not ann.membership.is_member(bob.peer)
+        with pytest.raises(RemoteProtocolError):
+            await ask_work(bob, ann.peer)
+
+
+async def test_a_founder_away_for_months_signs_itself_anew(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    clock = Clock()
+    async with small_node("ann", machine(world, 1), tmp_path / "ann", clock=clock) as ann:
+        network = ann.membership.create_network("kitchen")
+    clock.offset_s += 90 * DAY_S
+
+    async with small_node("ann", machine(world, 1), tmp_path / "ann", clock=clock) as ann:
+        (view,) = ann.membership.networks()
+
+    assert (view.id, view.name) == (network.id, "kitchen")
+    assert view.not_after_wall_s > clock.offset_s
+
+
+async def test_a_wrong_clock_is_named_on_both_sides(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Method: the founder restarts with a clock a month ahead and signs itself anew."""
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
+        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
+    ):
+        await join(bob, ann)
+
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann", clock=Clock(31 * DAY_S)) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
+    ):
+        await bob.host.dial(ann.peer, ann.host.addresses)
+        with pytest.raises(NotAMember, match=r"begins in \d+ s by this clock"):
+            await bob.membership.confirm(ann.peer)
+        with pytest.raises(NotAMember, match=r"ended \d+ s ago by this clock"):
+            await ann.membership.confirm(bob.peer)
+
+
+async def test_a_member_whose_record_is_over_elsewhere_is_told_why(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Method: both records are 25 days old, the founder signs its own anew, then bob's clock stops
+    for 5 days and his record ends by the founder's clock alone."""
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
+        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
+    ):
+        await join(bob, ann)
+    async with small_node("ann", machine(world, 1), tmp_path / "ann", clock=Clock(25 * DAY_S)):
+        pass
+
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann", clock=Clock(31 * DAY_S)) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "bob", clock=Clock(26 * DAY_S)) as bob,
+    ):
+        await bob.host.dial(ann.peer, ann.host.addresses)
+        with pytest.raises(NotAMember, match=r"refused .* ended \d+ s ago by this clock"):
+            await bob.membership.confirm(ann.peer)
+
+
+async def test_a_peer_that_ends_the_conversation_early_stays_a_stranger(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
+        small_node("eve", machine(world, 2), tmp_path / "eve") as eve,
+    ):
+        ann.membership.create_network()
+        await eve.host.dial(ann.peer, ann.host.addresses)
+        messages = MessageStream(await eve.host.open_stream(ann.peer, [PROTOCOL]))
+
+        await messages.send(Done())
+        with pytest.raises(StreamReset):
+            await messages.receive(Proofs)
+
+        assert not ann.membership.is_member(eve.peer)
+        assert ann.host.connection_to(eve.peer) is not None
