@@ -68,20 +68,8 @@ PEER_CACHE_MAX = 200
 RECORDS_MAX = 2000
 """Announcements of members kept in memory."""
 
-RECORD_BYTES_MAX = 4096
-"""Largest announcement."""
-
-RECORD_ADDRESSES_MAX = 8
-"""Addresses in one record."""
-
 INVITE_TTL_S = 24 * 3600.0
 """Default and longest life of an invite code."""
-
-MEMBERSHIP_TTL_S = 30 * 24 * 3600.0
-"""Life of a membership record; renewed while connected."""
-
-CLOCK_SKEW_S = 300.0
-"""Difference between two machines' clocks that signed times allow for."""
 
 # Bounds: pipeline ------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 import threading
 import time
@@ -85,6 +86,9 @@ def demo(
 
     None of them is given the memory to hold it alone; together they answer.
     """
+    # Either signal unwinds the blocks below, which end the nodes and remove their folder.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     story = _Story(
         settings=settings,
         steps=Steps(is_json=is_json),
@@ -103,7 +107,7 @@ def demo(
         split = story.start_split(nodes, plan)
         pipeline = story.load(nodes, split[0], plan)
         reply = story.ask(nodes, split[0], plan)
-        story.explain(reply)
+        story.explain(reply, split[0])
         result = story.result(split, pipeline, reply)
         if compare:
             if not keep:
@@ -202,12 +206,17 @@ class _Story:
             click.echo("\n")
         return reply
 
-    def explain(self, reply: Reply) -> None:
+    def explain(self, reply: Reply, asked: DemoNode) -> None:
         """Say who could read the prompt, and what limited the speed."""
         told = reply.details
-        readers = ", ".join(told.sees_prompt) or "nobody else"
-        self.steps.line(f"prompt: sent as text or tokens to {readers}; the other stages got hidden")
-        self.steps.line("  states, from which a determined reader can reconstruct most of it")
+        readers = [asked.name, *(name for name in told.sees_prompt if name != asked.name)]
+        others = [stage.name for stage in told.stages if stage.name not in readers]
+        self.steps.line(f"prompt: {_listed(readers)} could read it")
+        if others:
+            self.steps.line(
+                f"        {_listed(others)} got hidden states only, which still give most of it "
+                "away to a determined reader"
+            )
         network_ms = max(0.0, told.loop_ms_p50 - told.engine_ms_p50)
         share = network_ms / told.loop_ms_p50 if told.loop_ms_p50 else 0.0
         self.steps.line(
@@ -356,6 +365,10 @@ def _engine_name(settings: Settings) -> str:
     if not name:
         raise ExtensionNotFound("the demo computes, and no engine is installed")
     return name
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
 def _ignore(_: str) -> None:

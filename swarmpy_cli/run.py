@@ -134,12 +134,9 @@ def run_briefly(
 
 def make_environment(settings: Settings) -> Environment:
     """Return the real world for a node of these settings."""
-    from swarmpy.environment import Environment
-    from swarmpy.net.tcp import TcpNetwork
+    from swarmpy.node import local_environment
 
-    return Environment(
-        network=TcpNetwork(), folder=settings.folder, cache_folder=settings.cache_folder
-    )
+    return local_environment(settings.folder, cache_folder=settings.cache_folder)
 
 
 def run_async(work: Callable[[], Awaitable[Answer]]) -> Answer:

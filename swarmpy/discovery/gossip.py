@@ -122,6 +122,8 @@ class Gossip:
         self._addresses = tuple(advertised(self._host.addresses, count_max=proto.ADDRESSES_MAX))
         self._seq = max(self._seq + 1, int(wall_s * 1000))
         for membership in self._trust.own_memberships().values():
+            if membership.not_after_wall_s < wall_s:
+                continue  # just ended; whoever keeps the memberships will notice
             sealed = seal_announcement(self._identity, self._own(membership, int(wall_s)))
             self._store(open_announcement(sealed, wall_s=wall_s))
 
@@ -200,19 +202,22 @@ class Gossip:
     async def _send_newer(self, messages: MessageStream, sent: dict[Key, int]) -> None:
         self._expire()
         records = self._table.of_networks(self._trust.shared_networks(messages.peer))
-        for key in [key for key in sent if key not in records]:
-            del sent[key]
         is_first = not sent
-        for key, record in records.items():
+        for gone in sent.keys() - {record.key for record in records}:
+            del sent[gone]
+        for record in records:
             # A peer is told what it said itself once: its clock may have been set back since.
-            is_echo = key[1] == messages.peer and not is_first
-            if not is_echo and record.seq > sent.get(key, -1):
+            is_echo = record.key[0] == messages.peer and not is_first
+            if not is_echo and record.seq > sent.get(record.key, -1):
                 await messages.send(Announce(announcement=record.signed.envelope))
-                sent[key] = record.seq
+                sent[record.key] = record.seq
 
     async def _serve(self, stream: Stream) -> None:
         messages = MessageStream(stream)
         count = 0
+        # The gate admits a peer as soon as it has proven itself. Its first announcements may be read
+        # before this side has confirmed that, and would be left out as of no network in common.
+        await self._trust.confirm(stream.peer)
         try:
             while (
                 pushed := await messages.receive_or_end(Announce, bytes_max=FRAME_BYTES_MAX)

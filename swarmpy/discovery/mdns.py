@@ -8,6 +8,7 @@ Spec: protocols/mdns.md.
 from __future__ import annotations
 
 import logging
+import socket
 import string
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from zeroconf import ServiceInfo, Zeroconf
 
 logger = logging.getLogger(__name__)
+
+PORT = 5353
+"""Of multicast DNS."""
 
 UNUSED_PORT = 4001
 """For the SRV record that DNS-SD demands; libp2p reads the TXT record only."""
@@ -95,12 +99,12 @@ class MdnsSource(DiscoverySource):
         told = b""
         pause_s = ASK_PAUSE_S
         while True:
-            await trio.to_thread.run_sync(_ask, link)
             txt = proto.encode_txt(
                 self._peer, advertised(self._addresses(), count_max=proto.ADDRESSES_MAX)
             )
+            info = _service(instance, host, txt)
+            await trio.to_thread.run_sync(_ask, link, info)
             if txt != told:
-                info = _service(instance, host, txt)
                 if told:
                     change = partial(link.update_service, info)
                 else:
@@ -155,19 +159,39 @@ def _open_link(interfaces: list[str] | None, heard: Callable[[bytes], None]) -> 
                 if isinstance(text, bytes) and record.ttl and _is_ours(record.name):
                     heard(text)
 
+    _check_sockets(interfaces or [""])
     link = Zeroconf(interfaces=interfaces or InterfaceChoice.All, use_asyncio=False)
     link.add_listener(Listener(), None)
     return link
 
 
-def _ask(link: Zeroconf) -> None:
-    """Ask the link, answers to be multicast: of several nodes on one machine a unicast answer
-    reaches only one."""
+def _check_sockets(interfaces: list[str]) -> None:
+    """Try what the library is about to do: where it fails half-way it leaves sockets open.
+
+    Raises:
+        OSError: An interface is not there, or the port is taken by somebody who does not share it.
+    """
+    for interface in interfaces:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if hasattr(socket, "SO_REUSEPORT"):
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            trial.bind((interface, PORT))
+
+
+def _ask(link: Zeroconf, own: ServiceInfo) -> None:
+    """Ask the link who else is there.
+
+    Answers are to be multicast: of several nodes on one machine a unicast answer reaches only one.
+    The own record is named as known: answering itself, this node would be silent for the next
+    second, as RFC 6762 (section 6) demands, to whoever starts and asks then.
+    """
     # Offered to importers, says zeroconf's source, but not to type checkers.
     from zeroconf import DNSOutgoing, DNSQuestion  # type: ignore[attr-defined]
 
     question = DNSOutgoing(_QUERY_FLAGS)
     question.add_question(DNSQuestion(proto.SERVICE, _TYPE_PTR, _CLASS_IN))
+    question.add_answer_at_time(own.dns_pointer(), 0)
     link.send(question)
 
 

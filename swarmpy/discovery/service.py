@@ -194,9 +194,10 @@ class Discovery:
     def _state(self, entry: _Peer) -> State:
         if self._trust.is_member(entry.peer):
             return "member"
-        if entry.is_dialling and not entry.was_refused:
-            return "connecting"
-        return "lost" if entry.is_known_member else "visible"
+        if not entry.is_known_member:
+            return "connecting" if entry.is_dialling and not entry.was_refused else "visible"
+        is_under_way = entry.is_dialling or self._host.connection_to(entry.peer) is not None
+        return "connecting" if is_under_way else "lost"
 
     # What is heard -------------------------------------------------------------------
 
@@ -378,15 +379,19 @@ class Discovery:
         entry = self._peers.get(peer)
         if entry is not None:
             return entry
-        self._drop_old()
-        alike = [item for item in self._peers.values() if item.is_known_member is is_member]
-        if len(alike) >= (RECORDS_MAX if is_member else STRANGERS_MAX):
-            return None
+        if not self._has_room(is_member=is_member):
+            self._drop_old()
+            if not self._has_room(is_member=is_member):
+                return None
         entry = _Peer(peer=peer, source=source, is_known_member=is_member)
         entry.seen_s = trio.current_time()
         self._peers[peer] = entry
         self._start(partial(self._keep, entry))
         return entry
+
+    def _has_room(self, *, is_member: bool) -> bool:
+        alike = sum(item.is_known_member is is_member for item in self._peers.values())
+        return alike < (RECORDS_MAX if is_member else STRANGERS_MAX)
 
     def _drop_old(self) -> None:
         """Forget peers that are not connected and that nobody spoke of for long."""
@@ -430,7 +435,7 @@ class Discovery:
         cached = self._cache.get(entry.peer) if self._cache is not None else None
         if cached is not None:
             entry.name = entry.name or cached.name
-            entry.proven = [item for item in cached.proven if item not in entry.proven]
+            entry.proven += [item for item in cached.proven if item not in entry.proven]
             entry.is_known_member = True
             entry.seen_wall_s = cached.seen_wall_s
 

@@ -114,6 +114,8 @@ class NativeConnection(Connection):
         self.rtt_s = None
         self.channel_binding = secured.channel_binding
         self.is_initiator = is_initiator
+        self.on_closed: Callable[[NativeConnection], None] = _ignore
+        """Called once, at the moment the connection ends."""
         self.unyielded = 0
         """Bytes sent since a sending task last let others run."""
         self._byte_stream = byte_stream
@@ -243,7 +245,9 @@ class NativeConnection(Connection):
         return self._yamux.window(stream_id)
 
     def send_data(self, stream_id: int, data: memoryview) -> None:
-        """Encrypt one data frame and offer it to the kernel; the connection is not congested.
+        """Encrypt one data frame and offer it to the kernel.
+
+        Large data waits for its turn first; only a proposal of some bytes may join a backlog.
 
         Args:
             data: Within the stream's window and `FRAME_DATA_BYTES_MAX`; not kept.
@@ -455,8 +459,8 @@ class NativeConnection(Connection):
         """Ping now and then, and give up on a peer that has been silent too long."""
         while True:
             now_s = trio.current_time()
-            left_s = self._heard_s + config.KEEPALIVE_TIMEOUT_S - now_s
-            if left_s <= 0:
+            deadline_s = self._heard_s + config.KEEPALIVE_TIMEOUT_S
+            if now_s >= deadline_s:
                 timeout_s = config.KEEPALIVE_TIMEOUT_S
                 self._fail(PeerTimeout(f"nothing was heard for {timeout_s:.0f} s"))
                 return
@@ -464,7 +468,7 @@ class NativeConnection(Connection):
             self._ping_sent_s = now_s
             self._yamux.ping(self._ping_value)
             self._flush()
-            await trio.sleep(min(config.KEEPALIVE_INTERVAL_S, left_s))
+            await trio.sleep_until(min(now_s + config.KEEPALIVE_INTERVAL_S, deadline_s))
 
     def _take_pong(self, value: int) -> None:
         if value != self._ping_value or not self._ping_sent_s:
@@ -490,3 +494,8 @@ class NativeConnection(Connection):
                 trio.lowlevel.reschedule(waiting.popleft())
         for stream in list(self._streams.values()):
             stream.connection_closed()
+        self.on_closed(self)
+
+
+def _ignore(_: NativeConnection) -> None:
+    pass

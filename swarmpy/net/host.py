@@ -168,6 +168,22 @@ class NativeHost(Host):
         connection = self._table.best(peer)
         return None if connection is None else self._info.of(connection)
 
+    async def wait_identified(
+        self, peer: PeerId, *, after: IdentifyInfo | None = None
+    ) -> IdentifyInfo:
+        """Wait until a connected peer has said who it is, or something other than `after`.
+
+        Raises:
+            ConnectionLost: The peer is not connected, or no longer.
+        """
+        await trio.lowlevel.checkpoint()
+        while (connection := self._table.best(peer)) is not None:
+            info = self._info.of(connection)
+            if info is not None and info != after:
+                return info
+            await self._info.wait_news()
+        raise ConnectionLost(f"{peer} is not connected")
+
     def connection_events(self) -> AsyncIterator[ConnectionEvent]:
         return self._feed.subscribe()
 
@@ -275,22 +291,24 @@ class NativeHost(Host):
         return not is_full and self.gate.allow_peer(peer, connection.direction)
 
     def _add(self, connection: NativeConnection) -> None:
+        connection.on_closed = self._remove
         self._table.add(connection)
         self._feed.publish(ConnectionEvent(kind="opened", connection=connection))
+
+    def _remove(self, connection: NativeConnection) -> None:
+        """Forget a connection at the moment it ends; its handlers may still be tidying up."""
+        self._table.remove(connection)
+        self._info.forget(connection)
+        reason = str(connection.error or "")
+        event = ConnectionEvent(kind="closed", connection=connection, reason=reason)
+        self._feed.publish(event)
 
     async def _run_connection(self, connection: NativeConnection) -> None:
         nursery = self._running()
         nursery.start_soon(self._info.ask, connection)
         if self._table.count(connection.peer) > 1:
             nursery.start_soon(self._retire, connection.peer)
-        try:
-            await connection.run(self._router.serve)
-        finally:
-            self._table.remove(connection)
-            self._info.forget(connection)
-            reason = str(connection.error or "")
-            event = ConnectionEvent(kind="closed", connection=connection, reason=reason)
-            self._feed.publish(event)
+        await connection.run(self._router.serve)
 
     async def _retire(self, peer: PeerId) -> None:
         """Close the superseded connections of a peer once no stream is on them."""
@@ -333,6 +351,15 @@ class NativeHost(Host):
         allow_limited: bool = False,
         priority: Priority = Priority.CONTROL,
     ) -> Stream:
+        """Open a stream to a connected peer by the first protocol it speaks.
+
+        Read the stream to its end, or reset it: until then it is kept, with what lies unread.
+
+        Raises:
+            ConnectionLost: The peer is not connected.
+            RemoteProtocolError: The peer speaks none of the protocols.
+            PeerTimeout: It did not answer.
+        """
         connection = self._table.best(peer)
         if connection is None:
             raise ConnectionLost(f"{peer} is not connected")

@@ -55,6 +55,7 @@ class PeerInfo:
         self._wall_time = wall_time
         self._seq = 0
         self._infos: dict[Connection, IdentifyInfo] = {}
+        self._news = trio.lowlevel.ParkingLot()
 
     def of(self, connection: Connection) -> IdentifyInfo | None:
         """Return what was said on a connection, None before it was."""
@@ -63,6 +64,11 @@ class PeerInfo:
     def forget(self, connection: Connection) -> None:
         """Forget what was said on a connection that is closed."""
         self._infos.pop(connection, None)
+        self._news.unpark_all()
+
+    async def wait_news(self) -> None:
+        """Wait until any peer says something about itself, or is forgotten."""
+        await self._news.park()
 
     async def ask(self, connection: NativeConnection) -> None:
         """Ask a peer who it is; without an answer nothing is known and nothing breaks."""
@@ -91,7 +97,9 @@ class PeerInfo:
             return
         try:
             with trio.fail_after(TIMEOUT_S):
-                await self._tell(_open(connection, IDENTIFY_PUSH))
+                stream = _open(connection, IDENTIFY_PUSH)
+                await self._tell(stream)
+                await stream.receive_some()  # its end, or its refusal
         except (NetworkError, ProtocolError, trio.TooSlowError) as error:
             logger.debug("push.failed", extra={"peer": connection.peer, "error": str(error)})
 
@@ -160,6 +168,7 @@ class PeerInfo:
         info = identify.decode(message, peer=stream.peer)
         if stream.connection.is_open:
             self._infos[stream.connection] = info
+            self._news.unpark_all()
 
 
 def _open(connection: NativeConnection, protocol: ProtocolId) -> NativeStream:

@@ -93,8 +93,7 @@ class Router:
         return self._handlers[stream.protocol]
 
     def _contain(self, stream: NativeStream, error: Exception) -> None:
-        """Reset the stream, and close its connection if the error weighs that much."""
-        stream.reset()
+        """Reset the stream, or close its connection if the error weighs that much."""
         causes = list(_leaves(error))
         fields = {"peer": stream.peer, "protocol": stream.protocol}
         breaches = [cause for cause in causes if isinstance(cause, RemoteProtocolError)]
@@ -102,9 +101,11 @@ class Router:
             logger.debug("stream.failed", extra=fields | {"error": str(causes[0])})
         else:
             logger.error("handler.failed", extra=fields, exc_info=error)
-        for breach in breaches:
-            if breach.penalty >= CONNECTION_PENALTY:
-                stream.connection.close_for(breach)
+        worst = max(breaches, key=lambda breach: breach.penalty, default=None)
+        if worst is not None and worst.penalty >= CONNECTION_PENALTY:
+            stream.connection.close_for(worst)
+        else:
+            stream.reset()
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

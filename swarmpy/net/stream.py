@@ -100,8 +100,7 @@ class NativeStream(Stream):
             connection.pass_turn()
 
     async def receive_some(self, bytes_max: int | None = None) -> bytes:
-        if self._proposal:
-            await self.send_all(b"")
+        self._propose_now()
         if self._pieces:
             await trio.lowlevel.checkpoint_if_cancelled()
         while self._dialer is not None or not self._pieces:
@@ -120,9 +119,8 @@ class NativeStream(Stream):
     async def close_write(self) -> None:
         if self._is_sending:
             raise LocalProtocolError("close_write while another task sends")
-        if self._proposal:
-            await self.send_all(b"")
         self._raise_if_broken()
+        self._propose_now()
         self._is_write_closed = True
         self.connection.close_write(self.stream_id)
         await trio.lowlevel.checkpoint()
@@ -199,6 +197,12 @@ class NativeStream(Stream):
             self.reset()
 
     # Below ---------------------------------------------------------------------
+
+    def _propose_now(self) -> None:
+        """Send the proposal alone: nothing is sent behind which it could ride."""
+        proposal, self._proposal = self._proposal, b""
+        if proposal and self._error is None and self.connection.is_alive:
+            self.connection.send_data(self.stream_id, memoryview(proposal))
 
     async def _send(self, data: memoryview) -> None:
         connection = self.connection

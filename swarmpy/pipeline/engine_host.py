@@ -34,8 +34,8 @@ INSPECT_TIMEOUT_S = 120.0
 SPARE_IDLE_S = 60.0
 """How long a child that has inspected waits, imports done, for a shard to load."""
 
-CHILDREN_MAX = 64
-"""Children of one node."""
+SPAWNS_QUEUED_MAX = 64
+"""Children spawned and not yet watched; `run` takes them as soon as it is scheduled."""
 
 CRASHES_MAX = 3
 """Crashes on one shard within `CRASH_WINDOW_S` after which it is withdrawn."""
@@ -90,7 +90,7 @@ class EngineHost:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Watch over the children until cancelled; then end them all."""
-        send, receive = trio.open_memory_channel[EngineProcess](CHILDREN_MAX)
+        send, receive = trio.open_memory_channel[EngineProcess](SPAWNS_QUEUED_MAX)
         self._started = send
         try:
             async with trio.open_nursery() as nursery:

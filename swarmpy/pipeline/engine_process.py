@@ -76,13 +76,36 @@ class EngineProcess:
         """Ends the child when its deadline passes; set by whoever keeps it idle."""
         self.crashed: Callable[[str], None] | None = None
         """Told the reason once the child has ended without being asked to."""
+        with contextlib.ExitStack() as undo:
+            try:
+                self._spawn(engine_name, lock_folder=lock_folder, threads=threads, undo=undo)
+            except OSError as error:
+                raise EngineLost(f"cannot start an engine child: {error}") from error
+            undo.pop_all()
+        self._stderr_tail = bytearray()
+        self._reader = messages.FrameReader()
+        self._unsent: deque[memoryview] = deque()
+        self._requests = trio.Lock()
+        self._next_id = 1
+        self._pings_open = 0
+        self._is_expected_to_end = False
+        self._reason = ""
+        self._ended = trio.Event()
+
+    def _spawn(
+        self, engine_name: str, *, lock_folder: Path, threads: int, undo: contextlib.ExitStack
+    ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="swarmpy-engine-"))
+        undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
         self._lock_file = ChildLock(lock_folder)
-        local, remote = socket.socketpair()
-        for end in (local, remote):
+        undo.callback(self._lock_file.remove)
+        self._socket, remote = socket.socketpair()
+        undo.callback(self._socket.close)
+        for end in (self._socket, remote):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
-        local.setblocking(False)
-        stderr_read, stderr_write = os.pipe()
+        self._socket.setblocking(False)
+        self._stderr, stderr_write = os.pipe()
+        undo.callback(os.close, self._stderr)
         command = [sys.executable, "-P", "-s", "-X", "faulthandler"]
         command += ["-m", "swarmpy.pipeline.engine_child", engine_name]
         command += [str(remote.fileno()), str(os.getpid())]
@@ -99,26 +122,10 @@ class EngineProcess:
                 pass_fds=(remote.fileno(), self._lock_file.descriptor),
                 start_new_session=True,
             )
-        except OSError as error:
-            local.close()
-            os.close(stderr_read)
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise EngineLost(f"cannot start an engine child: {error}") from error
         finally:
             remote.close()
             os.close(stderr_write)
             self._lock_file.hand_over()
-        self._socket = local
-        self._stderr = stderr_read
-        self._stderr_tail = bytearray()
-        self._reader = messages.FrameReader()
-        self._unsent: deque[memoryview] = deque()
-        self._requests = trio.Lock()
-        self._next_id = 1
-        self._pings_open = 0
-        self._is_expected_to_end = False
-        self._reason = ""
-        self._ended = trio.Event()
 
     @property
     def pid(self) -> int:

@@ -7,15 +7,13 @@ Whatever is wrong with one session ends that session alone. Spec: protocols/pipe
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 import trio
 
 from swarmpy.abc import Host, Inspection, Output, Row, Want
-from swarmpy.config import PREFILL_CHUNK, SESSIONS_MAX, STEPS_IN_FLIGHT_MAX
+from swarmpy.config import PREFILL_CHUNK, SESSIONS_MAX
 from swarmpy.errors import (
     BadMessage,
     EngineLost,
@@ -34,6 +32,7 @@ from swarmpy.pipeline.audience import Audience
 from swarmpy.pipeline.finite import is_finite
 from swarmpy.pipeline.holdings import Holding, Holdings
 from swarmpy.pipeline.links import OutEdge, Spawn, StageControl, error_name
+from swarmpy.pipeline.stage_session import StageSession
 from swarmpy.proto import wire
 from swarmpy.proto.pipeline import (
     STEP_FRAME_BYTES_MAX,
@@ -44,7 +43,6 @@ from swarmpy.proto.pipeline import (
     Open,
     Opened,
     OpenRefused,
-    Sampling,
     SessionFailed,
     Step,
     TokenFrame,
@@ -55,38 +53,8 @@ from swarmpy.proto.pipeline import (
 )
 from swarmpy.proto.tensor import Hidden, Tensor, check_hidden
 
-REPLAY_BYTES_MAX = 1024 * 1024
-"""Answers kept of one session for steps that come twice; the newest is always kept."""
-
 TokenSink = Callable[[TokenFrame], None]
 """Takes a token at its coordinator."""
-
-
-@dataclass(eq=False, slots=True)
-class StageSession:
-    """What a stage knows of one session."""
-
-    id: bytes
-    epoch: int
-    audience: Audience
-    slot: int
-    cleared: trio.Event | None
-    """Set once the slot's former state is forgotten; None if it is."""
-    lease_s: float
-    lease_until: float
-    sampling: Sampling | None
-    reply_position: int
-    max_tokens: int
-    stop_ids: frozenset[int]
-    history: list[int] | None
-    """Prompt ids and reply, where the repetition penalty needs them."""
-    next_step: int = 0
-    end: int = 0
-    """Tokens in the slot."""
-    bulk: OutEdge | None = None
-    answers: deque[tuple[int, bytes, bool]] = field(default_factory=deque)
-    """Frames sent, by step, and whether they went over the bulk stream."""
-    answers_bytes: int = 0
 
 
 class Stage:
@@ -132,20 +100,21 @@ class Stage:
         self._takes_ids = self.is_first or inspection.needs_token_ids(start, offer.cuts[-1])
         self._sends_ids = not self.is_last and inspection.needs_token_ids(end, offer.cuts[-1])
         self._next = PeerId(ring[(offer.stage + 1) % len(ring)])
-        self._step_edge = self._edge(self._next, "step", stage=offer.stage + 1)
-        self._token_edges = {
-            peer: self._edge(peer, "token", stage=0)
-            for peer in (self.first, coordinator)
-            if self.is_last and peer != self._me
-        }
+        self._step_edge: OutEdge | None = None
+        self._token_edges: tuple[OutEdge, ...] = ()
+        if self.is_last:
+            receivers = dict.fromkeys((self.first, coordinator))
+            self._token_edges = tuple(
+                self._edge(peer, Edge(pipeline=offer.pipeline, kind="token"))
+                for peer in receivers
+                if peer != self._me
+            )
+        else:
+            step = Edge(pipeline=offer.pipeline, kind="step", stage=offer.stage + 1)
+            self._step_edge = self._edge(self._next, step)
         self._is_closed = False
 
-    def _edge(self, peer: PeerId, kind: str, *, stage: int) -> OutEdge:
-        first = Edge(
-            pipeline=self.offer.pipeline,
-            kind="step" if kind == "step" else "token",
-            stage=0 if self.is_last else stage,
-        )
+    def _edge(self, peer: PeerId, first: Edge) -> OutEdge:
         return OutEdge(self._host, peer, first, spawn=self._spawn, on_lost=self._edge_lost)
 
     # Sessions -------------------------------------------------------------------
@@ -247,14 +216,17 @@ class Stage:
         self._is_closed = True
         for session_id in list(self.sessions):
             self.close_session(session_id)
-        for edge in (self._step_edge, *self._token_edges.values()):
-            edge.close()
+        for edge in (self._step_edge, *self._token_edges):
+            if edge is not None:
+                edge.close()
         self._control.close()
 
     @property
     def receivers(self) -> tuple[PeerId, ...]:
         """The other peers this stage sends steps or tokens to."""
-        return tuple(self._token_edges) if self.is_last else (self._next,)
+        if self.is_last:
+            return tuple(edge.peer for edge in self._token_edges)
+        return (self._next,)
 
     def lost(self, error: PipelineError) -> None:
         """The shard is gone, and this stage with it: tell the coordinator, then give all up."""
@@ -425,11 +397,11 @@ class Stage:
         """
         if step.step > session.next_step:
             raise RowError(f"step {step.step} came, step {session.next_step} is next")
-        for number, frame, is_bulk in session.answers:
-            if number == step.step:
-                await self._send_frame(session, frame, is_bulk=is_bulk)
-                return
-        raise RowError(f"step {step.step} came again and is no longer cached")
+        answer = session.answer(step.step)
+        if answer is None:
+            raise RowError(f"step {step.step} came again and is no longer cached")
+        frame, is_bulk = answer
+        await self._send_frame(session, frame, is_bulk=is_bulk)
 
     async def _send_on(
         self,
@@ -450,39 +422,30 @@ class Stage:
         )
         frame = encode_step(following, hidden)
         is_bulk = is_bulk or len(frame) > STEP_FRAME_BYTES_MAX
-        self._remember(session, step.step, frame, is_bulk)
+        session.remember(step.step, frame, is_bulk)
         await self._send_frame(session, frame, is_bulk=is_bulk)
         if is_bulk and step.want == "last_logits" and session.bulk is not None:
             bulk, session.bulk = session.bulk, None
             await bulk.finish()
 
-    def _remember(self, session: StageSession, step: int, frame: bytes, is_bulk: bool) -> None:
-        session.answers.append((step, frame, is_bulk))
-        session.answers_bytes += len(frame)
-        while len(session.answers) > 1 and (
-            session.answers_bytes > REPLAY_BYTES_MAX or len(session.answers) > STEPS_IN_FLIGHT_MAX
-        ):
-            session.answers_bytes -= len(session.answers.popleft()[1])
-
     async def _send_frame(self, session: StageSession, frame: bytes, *, is_bulk: bool) -> None:
-        if self.is_last:
-            for edge in self._token_edges.values():
+        if self._step_edge is None:
+            for edge in self._token_edges:
                 await edge.send(session.audience, frame)
         elif is_bulk:
             if session.bulk is None:
-                session.bulk = OutEdge(
-                    self._host,
-                    self._next,
-                    Edge(
-                        pipeline=self.offer.pipeline,
-                        kind="bulk",
-                        stage=self.offer.stage + 1,
-                        session=session.id,
-                    ),
-                )
+                session.bulk = OutEdge(self._host, self._next, self._bulk_edge(session))
             await session.bulk.send(session.audience, frame)
         else:
             await self._step_edge.send(session.audience, frame)
+
+    def _bulk_edge(self, session: StageSession) -> Edge:
+        return Edge(
+            pipeline=self.offer.pipeline,
+            kind="bulk",
+            stage=self.offer.stage + 1,
+            session=session.id,
+        )
 
     # Tokens ---------------------------------------------------------------------
 
@@ -528,7 +491,7 @@ class Stage:
     async def _send_token(self, session: StageSession, token: TokenFrame) -> TokenFrame | None:
         """Send a token to the first stage and the coordinator; return it if this is the first."""
         frame = wire.encode(token)
-        self._remember(session, token.step, frame, False)
+        session.remember(token.step, frame, False)
         await self._send_frame(session, frame, is_bulk=False)
         if self.coordinator == self._me:
             self._deliver(self.offer.pipeline, token)

@@ -150,7 +150,7 @@ def _checked_limits(max_tokens: int, stop_ids: Sequence[int]) -> int:
 class Generation:
     """A reply under way: iterate its tokens, then read `finish_reason` and `report`.
 
-    Always close it: its slots are taken until then.
+    Always close it: its slots are taken until its end.
     """
 
     def __init__(
@@ -318,6 +318,7 @@ class Generation:
         """End the reply with an error; tokens that came before it can still be read."""
         if not self._is_over:
             self._error = error
+            self._pipeline.close_session(self)
             self._changed.unpark_all()
 
     def token_received(self, token: TokenFrame) -> None:
@@ -359,7 +360,10 @@ class Generation:
         if token.finish != "stop":
             self._tokens.append(Token(token.token, self._count, token.logprob, token.top_logprobs))
         self._count += 1
-        self.finish_reason = token.finish or None
+        if token.finish:
+            # The slots are free for others, however slowly the rest of the reply is read.
+            self.finish_reason = token.finish
+            self._pipeline.close_session(self)
 
     @property
     def report(self) -> Report:

@@ -49,9 +49,6 @@ CODE_CHARACTERS_MAX = 2048
 INVITE_BYTES_MAX = 1024
 """Largest signed invite."""
 
-INVITE_TTL_S = 24 * 3600.0
-"""Default and longest life of an invite code."""
-
 INVITE_ADDRESSES_MAX = 8
 INVITE_ADDRESS_BYTES_MAX = 64
 """Longest binary address in an invite: an IPv6 literal and a port take 20."""

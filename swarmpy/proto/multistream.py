@@ -30,13 +30,32 @@ def encode_line(text: str) -> bytes:
     return encode_varint(len(line)) + line
 
 
+_HEADER_LINE = encode_line(HEADER)
+
+
 class _Lines:
     """Cuts received bytes into lines; what lies behind the last line read stays in `rest`."""
 
     def __init__(self) -> None:
         self.rest = b""
+        self.has_header = False
+
+    def take(self, data: bytes) -> None:
+        """Take received bytes, the first of which must be the header's: HTTP is refused at once."""
+        self.rest += data
+        if self.has_header:
+            return
+        start = self.rest[: len(_HEADER_LINE)]
+        if not _HEADER_LINE.startswith(start):
+            raise BadMessage(f"expected {HEADER}, got {start!r}")
+        if len(start) == len(_HEADER_LINE):
+            self.has_header = True
+            self.rest = self.rest[len(_HEADER_LINE) :]
 
     def next(self) -> str | None:
+        """Return the next line behind the header, None while bytes are missing."""
+        if not self.has_header:
+            return None
         decoded = decode_varint(self.rest)
         if decoded is None:
             return None
@@ -66,7 +85,6 @@ class Dialer:
         """Args: protocols: Ids in order of preference, at least one."""
         self._waiting = list(protocols)
         self._proposed = self._waiting.pop(0)
-        self._has_header = False
         self._lines = _Lines()
         self.selected: str | None = None
 
@@ -76,7 +94,7 @@ class Dialer:
 
     def start(self) -> bytes:
         """Return the first bytes to send: header and first proposal."""
-        return encode_line(HEADER) + encode_line(self._proposed)
+        return _HEADER_LINE + encode_line(self._proposed)
 
     def receive(self, data: bytes) -> bytes:
         """Take received bytes and return what to send now, often nothing.
@@ -84,13 +102,9 @@ class Dialer:
         Raises:
             RemoteProtocolError: The listener refuses every id, or does not speak multistream.
         """
-        self._lines.rest += data
+        self._lines.take(data)
         while self.selected is None and (line := self._lines.next()) is not None:
-            if not self._has_header:
-                if line != HEADER:
-                    raise BadMessage(f"expected {HEADER}, got {line[:64]!r}")
-                self._has_header = True
-            elif line == self._proposed:
+            if line == self._proposed:
                 self.selected = line
             elif line == REFUSED:
                 if not self._waiting:
@@ -113,7 +127,6 @@ class Selector:
     def __init__(self, serves: Callable[[str], bool]) -> None:
         """Args: serves: Whether a protocol is served to this peer; asked per proposal."""
         self._serves = serves
-        self._has_header = False
         self._proposals = 0
         self._lines = _Lines()
         self.selected: str | None = None
@@ -128,15 +141,10 @@ class Selector:
         Raises:
             RemoteProtocolError: The dialer does not speak multistream, or proposes without end.
         """
-        self._lines.rest += data
-        answer = b""
+        had_header = self._lines.has_header
+        self._lines.take(data)
+        answer = b"" if had_header or not self._lines.has_header else _HEADER_LINE
         while self.selected is None and (line := self._lines.next()) is not None:
-            if not self._has_header:
-                if line != HEADER:
-                    raise BadMessage(f"expected {HEADER}, got {line[:64]!r}")
-                self._has_header = True
-                answer += encode_line(HEADER)
-                continue
             self._proposals += 1
             if self._proposals > PROPOSALS_MAX:
                 raise RemoteProtocolError(f"more than {PROPOSALS_MAX} protocols proposed")

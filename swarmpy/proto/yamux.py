@@ -153,6 +153,7 @@ class Yamux:
         self._serial = 0
         self._refused = 0
         self._refused_since_s = 0.0
+        self._late = 0  # bytes that may still be on their way to streams given up here
         self._header = b""  # of a frame whose header is split over two Noise frames
         self._data_id = 0  # the stream of the data frame under way
         self._data_left = 0
@@ -213,9 +214,10 @@ class Yamux:
     ) -> None:
         stream = self._find(flags, stream_id, events, now_s)
         if stream is None:
-            # Data on its way when its stream was reset or refused: read past it.
-            if size > INITIAL_WINDOW_BYTES:
-                raise _broken(f"{size} bytes for a stream without a window")
+            # On its way when its stream was reset or refused: read past it, within its window.
+            self._late -= size
+            if self._late < 0:
+                raise _broken(f"{size} bytes for stream {stream_id}, which is over")
         elif not stream.is_remote_open and size:
             raise _broken(f"data after the end of stream {stream_id}")
         elif size > stream.granted:
@@ -305,6 +307,7 @@ class Yamux:
         if now_s - self._refused_since_s >= 1.0:
             self._refused_since_s, self._refused = now_s, 0
         self._refused += 1
+        self._late += INITIAL_WINDOW_BYTES
         if self._refused > self._resets_per_second_max:
             raise _broken(f"more than {self._resets_per_second_max} streams refused in a second")
         self.outbox += _pack(0, _WINDOW, _RST, stream_id, 0)
@@ -382,7 +385,7 @@ class Yamux:
             self._forget_if_ended(stream_id, stream)
 
     def put_back(self, stream_id: int, size: int) -> None:
-        """Say that `size` bytes counted as read are unread after all: they were another protocol's."""
+        """Say that `size` bytes were not read after all: their reader handed them on."""
         stream = self._streams.get(stream_id)
         if stream is None:
             return
@@ -412,6 +415,8 @@ class Yamux:
         if stream is None:
             return
         self._forget(stream_id)
+        if stream.is_remote_open:
+            self._late += stream.granted
         if not stream.flags & _SYN:
             self.outbox += _pack(0, _WINDOW, stream.flags | _RST, stream_id, 0)
 

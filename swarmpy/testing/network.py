@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -63,7 +64,7 @@ class SimNetwork:
         return _SimView(self, host)
 
     def set_link(self, source: str, target: str, link: Link) -> None:
-        """Set one direction between two machines, for streams dialled from now on."""
+        """Set one direction between two machines from now on; what is on its way stays as it was."""
         self._links[source, target] = link
 
     def link(self, source: str, target: str) -> Link:
@@ -97,16 +98,15 @@ class SimNetwork:
         Raises:
             DialFailed: Nobody listens there.
         """
-        there, back = self.link(source, target), self.link(target, source)
-        await trio.sleep(there.latency_s + back.latency_s)
+        await trio.sleep(self.link(source, target).latency_s + self.link(target, source).latency_s)
         listener = self._listeners.get((target, port))
         if listener is None:
             raise DialFailed(f"cannot dial {format_tcp(target, port)}: connection refused")
         near = Address(format_tcp(source, self.next_port(source)))
         far = Address(format_tcp(target, port))
         self._observe("dial", near, far, b"")
-        outward = _Pipe(near, far, there, self._observe)
-        homeward = _Pipe(far, near, back, self._observe)
+        outward = _Pipe(near, far, partial(self.link, source, target), self._observe)
+        homeward = _Pipe(far, near, partial(self.link, target, source), self._observe)
         listener.arrive(SimStream(far, near, sending=homeward, receiving=outward))
         return SimStream(near, far, sending=outward, receiving=homeward)
 
@@ -114,13 +114,16 @@ class SimNetwork:
 class _Pipe:
     """One direction of a byte stream."""
 
-    def __init__(self, source: Address, target: Address, link: Link, observe: Observe) -> None:
+    def __init__(
+        self, source: Address, target: Address, link: Callable[[], Link], observe: Observe
+    ) -> None:
         self._names = (source, target)
         self._link = link
         self._observe = observe
         self._segments: deque[tuple[float, bytes]] = deque()  # with their times of arrival
         self._in_flight = 0
         self._sent_s = -math.inf  # when the link has sent all it was given
+        self._arrived_s = -math.inf  # when all of that has arrived
         self._end_s: float | None = None  # when the end arrives at the reader
         self._gone_s: float | None = None  # when the writer learns that the reader is gone
         self.readers = trio.lowlevel.ParkingLot()
@@ -135,8 +138,8 @@ class _Pipe:
             segment = bytes(data[taken : taken + SEGMENT_BYTES])
             taken += len(segment)
             self._in_flight += len(segment)
-            self._sent_s = max(now_s, self._sent_s) + len(segment) / self._link.bytes_per_s
-            self._segments.append((self._sent_s + self._link.latency_s, segment))
+            self._sent_s = max(now_s, self._sent_s) + len(segment) / self._link().bytes_per_s
+            self._segments.append((self._arrival_s(), segment))
             self._observe("data", *self._names, segment)
         if taken:
             self.readers.unpark_all()
@@ -162,14 +165,15 @@ class _Pipe:
 
     def end(self) -> None:
         """The writer closed: the reader finds the end behind the data."""
-        self._end_s = max(trio.current_time(), self._sent_s) + self._link.latency_s
+        self._sent_s = max(trio.current_time(), self._sent_s)
+        self._end_s = self._arrival_s()
         self._observe("end", *self._names, b"")
         self.readers.unpark_all()
         self.writers.unpark_all()
 
     def abandon(self) -> None:
         """The reader closed: the writer finds the stream broken once the news has come."""
-        self._gone_s = trio.current_time() + self._link.latency_s
+        self._gone_s = trio.current_time() + self._link().latency_s
         self._segments.clear()
         self.readers.unpark_all()
         self.writers.unpark_all()
@@ -198,7 +202,12 @@ class _Pipe:
         """When one more segment is taken; inf if that needs the reader to read."""
         if self._in_flight >= IN_FLIGHT_BYTES_MAX:
             return math.inf
-        return self._sent_s - UNSENT_BYTES_MAX / self._link.bytes_per_s
+        return self._sent_s - UNSENT_BYTES_MAX / self._link().bytes_per_s
+
+    def _arrival_s(self) -> float:
+        """When what is sent now arrives: never before what was sent earlier."""
+        self._arrived_s = max(self._arrived_s, self._sent_s + self._link().latency_s)
+        return self._arrived_s
 
 
 class SimStream(ByteStream):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import trio
 
 from swarmpy.abc import Address, NowSeconds
+from swarmpy.config import INVITE_TTL_S
 from swarmpy.environment import Environment
 from swarmpy.errors import (
     BadMessage,
@@ -26,7 +27,6 @@ from swarmpy.net.messages import MessageStream
 from swarmpy.proto.endpoint import advertised, ip_endpoint
 from swarmpy.proto.invite import (
     INVITE_ADDRESSES_MAX,
-    INVITE_TTL_S,
     INVITE_USES_MAX,
     TOKEN_BYTES,
     Accepted,

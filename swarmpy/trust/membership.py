@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import trio
 
 from swarmpy.abc import Connection, Host, ProtocolId, Stream
+from swarmpy.config import INVITE_TTL_S
 from swarmpy.environment import Environment
 from swarmpy.errors import (
     ConnectionLost,
@@ -31,7 +32,6 @@ from swarmpy.identity import Identity, PeerId
 from swarmpy.net.messages import MessageStream
 from swarmpy.proto import invite
 from swarmpy.proto import membership as proto
-from swarmpy.proto.invite import INVITE_TTL_S
 from swarmpy.proto.membership import Hello, NetworkId, NotRenewed, Renew, Renewed
 from swarmpy.store import open_database
 from swarmpy.trust import invites, networks
@@ -259,6 +259,8 @@ class Membership:
         Raises:
             NetworkError: The connection broke meanwhile.
         """
+        if (running := self._running.get(peer)) is not None:
+            await running.wait()
         if not self.is_member(peer):
             await self._exchange(peer)
         while not self.is_member(peer) and self._redeeming.get(peer):
@@ -325,17 +327,18 @@ class Membership:
             nursery.start_soon(self._try_exchange, peer)
 
     async def _sweep_forever(self) -> None:
-        strangers_since: dict[int, float] = {}
+        strangers_since: dict[Connection, float] = {}
         while True:
             await trio.sleep(SWEEP_INTERVAL_S)
             for peer in sorted(self._peers):
-                if not self._valid(self._peers[peer]):
+                is_connected = self._host.connection_to(peer) is not None
+                if not is_connected or not self._valid(self._peers[peer]):
                     self._forget(peer)
             strangers = [item for item in self._host.connections if not self.is_member(item.peer)]
             now = trio.current_time()
-            strangers_since = {id(item): strangers_since.get(id(item), now) for item in strangers}
-            for connection in strangers:
-                if now - strangers_since[id(connection)] >= STRANGER_TIMEOUT_S:
+            strangers_since = {item: strangers_since.get(item, now) for item in strangers}
+            for connection, since in strangers_since.items():
+                if now - since >= STRANGER_TIMEOUT_S:
                     connection.close()
 
     async def _renew_forever(self) -> None:
@@ -411,15 +414,19 @@ class Membership:
         )
 
     def _admit(self, peer: PeerId, shared: Shared) -> None:
-        self._peers.setdefault(peer, _Member()).shared.update(shared)
+        known = self._peers.setdefault(peer, _Member()).shared
+        for network_id, membership in shared.items():
+            # Of two conversations at once the one that ends last may have begun before a renewal.
+            before = known.get(network_id)
+            if before is None or before.not_after_wall_s < membership.not_after_wall_s:
+                known[network_id] = membership
 
     def _confirmed(self, stream: Stream, shared: Shared) -> None:
         """Both sides serve each other from here on."""
         peer = stream.peer
         if not shared or self._host.connection_to(peer) is None:
             return
-        known = self._peers.setdefault(peer, _Member())
-        known.shared = dict(shared)
+        known = self._peers.setdefault(peer, _Member(shared=dict(shared)))
         if known.connection is not stream.connection:
             known.connection = stream.connection
             _tell(self._on_member, peer)

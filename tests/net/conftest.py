@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import trio
-from net_hosts import identity
+from net_hosts import RawPeer, identity, raw_peer
 
-from swarmpy.abc import Address, Network
+from swarmpy.abc import Address, ByteStream, Network
 from swarmpy.net.host import NativeHost
 from swarmpy.net.tcp import TcpNetwork
 from swarmpy.testing import SimNetwork
@@ -24,6 +24,7 @@ class World:
         self.sim = SimNetwork()
         self._nursery = nursery
         self._count = 0
+        self._strangers: list[ByteStream] = []
 
     def network(self) -> Network:
         """Return the network of one more machine."""
@@ -31,6 +32,21 @@ class World:
         if self.kind == "tcp":
             return TcpNetwork()
         return self.sim.network(f"10.0.0.{self._count}")
+
+    async def stranger(self, host: NativeHost) -> ByteStream:
+        """Return a bare byte stream to a host, from a machine of its own."""
+        byte_stream = await self.network().dial(host.addresses[0])
+        self._strangers.append(byte_stream)
+        return byte_stream
+
+    async def raw_peer(self, host: NativeHost) -> RawPeer:
+        """Return a proven connection to a host, below Yamux."""
+        return await raw_peer(await self.stranger(host))
+
+    def close(self) -> None:
+        """Close the bare byte streams; hosts end with the test's nursery."""
+        for byte_stream in self._strangers:
+            byte_stream.close()
 
     async def host(self, name: str, **options: Any) -> NativeHost:
         """Return a running host that listens."""
@@ -44,19 +60,28 @@ class World:
         return made
 
 
+async def _world(kind: str, nursery: trio.Nursery) -> AsyncIterator[World]:
+    made = World(kind, nursery)
+    yield made
+    made.close()
+
+
 @pytest.fixture(params=["tcp", "sim"])
 async def world(request: pytest.FixtureRequest, nursery: trio.Nursery) -> AsyncIterator[World]:
     """Each test runs over both networks."""
-    yield World(request.param, nursery)
+    async for made in _world(request.param, nursery):
+        yield made
 
 
 @pytest.fixture
-async def sim(nursery: trio.Nursery, autojump_clock: object) -> AsyncIterator[World]:
-    """A simulated network on virtual time."""
-    yield World("sim", nursery)
+async def sim(nursery: trio.Nursery) -> AsyncIterator[World]:
+    """A simulated network; with `autojump_clock` on virtual time."""
+    async for made in _world("sim", nursery):
+        yield made
 
 
 @pytest.fixture
 async def tcp(nursery: trio.Nursery) -> AsyncIterator[World]:
     """The machine's own TCP."""
-    yield World("tcp", nursery)
+    async for made in _world("tcp", nursery):
+        yield made

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import trio
 
-from swarmpy.abc import Address, ByteStream, Network, ProtocolId, Stream
+from swarmpy.abc import ByteStream, ProtocolId, Stream
 from swarmpy.errors import ConnectionLost, NetworkError
 from swarmpy.identity import Identity, PeerId
 from swarmpy.net.host import NativeHost
@@ -140,16 +138,16 @@ class RawPeer:
         self._received += data
 
 
-async def raw_peer(network: Network, address: Address, *, name: str = "raw") -> RawPeer:
-    """Dial a host and prove an identity to it."""
-    own = identity(name)
+async def raw_peer(byte_stream: ByteStream) -> RawPeer:
+    """Prove an identity to a host at the other end."""
+    own = identity("raw")
     handshake = Handshake(
         is_initiator=True,
         static=StaticKey.create(own, b"\x11" * 32),
-        ephemeral=random.Random(name).randbytes(32),
+        ephemeral=random.Random(1).randbytes(32),
         muxers=["/yamux/1.0.0"],
     )
-    peer = RawPeer(await network.dial(address), handshake)
+    peer = RawPeer(byte_stream, handshake)
     await peer.shake()
     return peer
 
@@ -178,14 +176,3 @@ async def wait_raw_end(byte_stream: ByteStream) -> None:
             pass
     except NetworkError:
         return
-
-
-@asynccontextmanager
-async def running(*hosts: NativeHost) -> AsyncIterator[None]:
-    """Run hosts for as long as the block."""
-    async with trio.open_nursery() as nursery:
-        for host in hosts:
-            await nursery.start(host.run)
-        yield
-        for host in hosts:
-            host.close()

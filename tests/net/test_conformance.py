@@ -1,4 +1,4 @@
-"""What every host must do, over every network: one class, run on TCP and on the simulated network."""
+"""What every host must do over every network: one class, run on TCP and on the simulated one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MIB = 1024 * 1024
 class TestHost:
     """Native host on TCP, native host on the simulated network."""
 
-    # Connections -------------------------------------------------------------------
+    # Connections ----------------------------------------------------------------------
 
     async def test_both_ends_see_one_proven_connection(self, world: World) -> None:
         alice, bob = await world.host("alice"), await world.host("bob")
@@ -168,7 +168,7 @@ class TestHost:
         with pytest.raises(ConfigError, match="cannot listen"):
             await alice.listen(Address(address))
 
-    # Streams -------------------------------------------------------------------------
+    # Streams --------------------------------------------------------------------------
 
     @pytest.mark.parametrize("size", [1, 64, 32767, 32768, 65519, 65520, 262144, 262145, 4 * MIB])
     async def test_bytes_come_back_as_they_were_sent(self, world: World, size: int) -> None:
@@ -290,7 +290,7 @@ class TestHost:
                 await stream.receive_some()
             nursery.cancel_scope.cancel()
 
-    # Back-pressure -------------------------------------------------------------------------
+    # Back-pressure --------------------------------------------------------------------
 
     async def test_a_peer_that_does_not_read_blocks_only_its_stream(self, world: World) -> None:
         alice, bob = await world.host("alice"), await world.host("bob")
@@ -356,7 +356,7 @@ class TestHost:
                 await stream.receive_some()
             assert await exchange(stream, b"hello") == b"hello"
 
-    # Ends ---------------------------------------------------------------------------------------
+    # Ends -----------------------------------------------------------------------------
 
     async def test_a_reset_is_told_from_an_end(self, world: World) -> None:
         alice, bob = await world.host("alice"), await world.host("bob")
@@ -420,6 +420,7 @@ class TestHost:
         alice, bob = await world.host("alice"), await world.host("bob")
         bob.set_handler(ECHO, echo)
         stream = await alice.open_stream(await connect(alice, bob), [ECHO])
+        await exchange(stream, b"first, to have agreed on the protocol")
         await stream.send_all(b"hello")
         while not buffered(stream.connection):
             await trio.testing.wait_all_tasks_blocked()
@@ -439,7 +440,7 @@ class TestHost:
             await trio.testing.wait_all_tasks_blocked()
             bob.close()
 
-    # Handlers ------------------------------------------------------------------------------------
+    # Handlers -------------------------------------------------------------------------
 
     async def test_a_handler_that_returns_ends_its_stream(self, world: World) -> None:
         alice, bob = await world.host("alice"), await world.host("bob")
@@ -508,26 +509,27 @@ class TestHost:
             await receive_all(stream)
         assert len(bob.connections) == (penalty < 10)
 
-    # Bounds ----------------------------------------------------------------------------------------
+    # Bounds ---------------------------------------------------------------------------
 
     async def test_a_peer_has_so_many_streams_and_no_more(self, world: World) -> None:
         """Streams at the bound work, the next is reset, and a place that is left is free again."""
         alice, bob = await world.host("alice"), await world.host("bob")
         bob.set_handler(ECHO, echo)
         peer = await connect(alice, bob)
-        await wait_identified(alice, peer)
+        await alice.wait_identified(peer)
         streams = [await alice.open_stream(peer, [ECHO]) for _ in range(config.INBOUND_STREAMS_MAX)]
         for stream in streams:
             assert await exchange(stream, b"hello") == b"hello"
         refused = await alice.open_stream(peer, [ECHO])
+        await refused.send_all(b"hello")
         with pytest.raises(StreamReset):
-            await exchange(refused, b"hello")
+            await refused.receive_some()
         await streams[0].close_write()
         assert await receive_all(streams[0]) == b""
         await exchange(streams[1], b"bob has seen the end")
         assert await exchange(await alice.open_stream(peer, [ECHO]), b"hello") == b"hello"
 
-    # The gate ----------------------------------------------------------------------------------------
+    # The gate -------------------------------------------------------------------------
 
     async def test_the_gate_is_asked_before_a_dial(self, world: World) -> None:
         class Closed(Gate):
@@ -580,20 +582,19 @@ class TestHost:
         with pytest.raises(RemoteProtocolError, match="does not serve"):
             await (await alice.open_stream(peer, [ECHO])).receive_some()
         assert await exchange(await alice.open_stream(peer, [OTHER]), b"hello") == b"hello"
-        protocols = await wait_identified(alice, peer)
-        assert OTHER in protocols
-        assert ECHO not in protocols
+        info = await alice.wait_identified(peer)
+        assert OTHER in info.protocols
+        assert ECHO not in info.protocols
 
-    # Identify and ping --------------------------------------------------------------------------------
+    # Identify and ping ----------------------------------------------------------------
 
     async def test_peers_identify_themselves(self, world: World) -> None:
         alice, bob = await world.host("alice"), await world.host("bob", agent="other/2")
         bob.set_handler(ECHO, echo)
         assert alice.identified(bob.identity.peer_id) is None
         peer = await connect(alice, bob)
-        await wait_identified(alice, peer)
-        info = alice.identified(peer)
-        assert info is not None
+        info = await alice.wait_identified(peer)
+        assert alice.identified(peer) == info
         assert info.agent == "other/2"
         assert ECHO in info.protocols
         assert info.addresses == tuple(bob.addresses)
@@ -604,12 +605,11 @@ class TestHost:
     async def test_a_protocol_added_later_is_pushed(self, world: World) -> None:
         alice, bob = await world.host("alice"), await world.host("bob")
         peer = await connect(alice, bob)
-        await wait_identified(alice, peer)
-        await wait_identified(bob, alice.identity.peer_id)
+        before = await alice.wait_identified(peer)
+        await bob.wait_identified(alice.identity.peer_id)
         bob.set_handler(ECHO, echo)
         with trio.fail_after(5):
-            while ECHO not in await wait_identified(alice, peer):
-                await trio.sleep(0.01)
+            assert ECHO in (await alice.wait_identified(peer, after=before)).protocols
 
     async def test_a_ping_comes_back(self, world: World) -> None:
         alice, bob = await world.host("alice"), await world.host("bob")
@@ -637,11 +637,3 @@ def buffered(connection: object) -> int:
     """Return the bytes a connection has received and not yet handed out."""
     assert isinstance(connection, NativeConnection)
     return connection.unread_bytes
-
-
-async def wait_identified(host: object, peer: object) -> tuple[str, ...]:
-    """Wait until a peer has said who it is, and return its protocols."""
-    with trio.fail_after(5):
-        while (info := host.identified(peer)) is None:  # type: ignore[attr-defined]
-            await trio.sleep(0.01)
-    return info.protocols  # type: ignore[no-any-return]

@@ -20,6 +20,7 @@ from swarmpy.testing.engine import EchoModel, reply
 from swarmpy.testing.network import Link
 
 PROMPT = list(range(5, 25))
+SLOW = Link(latency_s=0.01)
 
 
 async def test_three_nodes_answer_with_the_tokens_of_the_whole_model(
@@ -127,7 +128,7 @@ async def test_a_second_coordinator_uses_the_shards_that_are_loaded(
 async def test_two_coordinators_share_slots_and_wait_for_each_other(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
-    async with open_swarm(tmp_path, slots=1) as swarm:
+    async with open_swarm(tmp_path, slots=1, link=SLOW) as swarm:
         await swarm.nodes[0].reply(PROMPT)
         held = await swarm.nodes[0].generate(PROMPT, max_tokens=1000)
 
@@ -146,8 +147,8 @@ async def test_two_coordinators_share_slots_and_wait_for_each_other(
 async def test_a_request_waits_in_line_for_a_slot(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
-    async with open_swarm(tmp_path, slots=1) as swarm:
-        first = await swarm.nodes[0].generate(PROMPT, max_tokens=10)
+    async with open_swarm(tmp_path, slots=1, link=SLOW) as swarm:
+        first = await swarm.nodes[0].generate(PROMPT, max_tokens=1000)
         order: list[str] = []
 
         async def second() -> None:

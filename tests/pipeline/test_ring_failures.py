@@ -104,8 +104,8 @@ async def test_a_client_that_hangs_up_frees_its_slot_on_every_stage(
 async def test_a_request_cancelled_while_it_waits_for_a_slot_leaves_the_line(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
-    async with open_swarm(tmp_path, slots=1) as swarm:
-        first = await swarm.nodes[0].generate(PROMPT, max_tokens=10)
+    async with open_swarm(tmp_path, slots=1, link=SLOW) as swarm:
+        first = await swarm.nodes[0].generate(PROMPT, max_tokens=1000)
         with trio.move_on_after(1):
             await swarm.nodes[0].generate(PROMPT)
         await first.aclose()
@@ -154,15 +154,31 @@ async def test_a_ring_that_falls_silent_is_given_up(
 async def test_a_session_lives_as_long_as_its_coordinator_beats(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
-    """Nobody reads the reply and no step is made for ten leases: the slot stays the client's."""
+    """A stage drops the steps: none is made for two leases, and the others keep their slots."""
+    async with (
+        open_swarm(tmp_path, link=SLOW) as swarm,
+        await swarm.nodes[0].generate(PROMPT, max_tokens=1000) as generation,
+    ):
+        stage = swarm.nodes[1].service.stage_of(bytes.fromhex(generation.pipeline.id))
+        assert stage is not None
+        stage.sessions.clear()
+        await trio.sleep(2 * SESSION_LEASE_S)
+
+        assert [node.service.session_count for node in swarm.nodes] == [1, 0, 1]
+
+
+async def test_a_reply_that_is_over_frees_its_slots_before_it_is_read(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
     async with (
         open_swarm(tmp_path) as swarm,
         await swarm.nodes[0].generate(PROMPT, max_tokens=3) as generation,
     ):
-        await trio.sleep(10 * SESSION_LEASE_S)
-        assert [node.service.session_count for node in swarm.nodes] == [1, 1, 1]
+        await trio.sleep(1)
+        sessions = [node.service.session_count for node in swarm.nodes]
         tokens = [token.id async for token in generation]
 
+    assert sessions == [0, 0, 0]
     assert tokens == reply(EchoModel(), PROMPT, 3)
 
 

@@ -23,6 +23,7 @@ from swarmpy.identity import Identity
 from swarmpy.net.host import NativeHost
 from swarmpy.net.messages import MessageStream
 from swarmpy.pipeline.links import PROTOCOL
+from swarmpy.pipeline.stage import LOAD_WAIT_S
 from swarmpy.proto import wire
 from swarmpy.proto.pipeline import (
     Accepted,
@@ -486,6 +487,17 @@ async def test_an_offer_reserves_its_memory_until_the_stream_ends(
 
         assert reserved < budget_for(MODEL, 1)
         assert service.memory_bytes_free == service.memory_bytes_max > reserved
+
+
+async def test_an_offer_that_is_never_loaded_gives_its_memory_back(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_hand(tmp_path) as hand:
+        control = await hand.open_stream(hand.offer())
+        assert isinstance(await receive(control), Accepted)
+        await trio.sleep(LOAD_WAIT_S + 1)
+
+        assert hand.node.service.memory_bytes_free == hand.node.service.memory_bytes_max
 
 
 async def test_a_session_cannot_be_opened_before_the_shard_is_loaded(

@@ -86,9 +86,11 @@ def test_a_dialer_refuses_a_listener_that_answers_something_else(answer: bytes) 
         Dialer(["/a/1"]).receive(answer)
 
 
-def test_a_selector_refuses_another_header() -> None:
+@pytest.mark.parametrize("data", [b"G", b"\x13GET", encode_line("/multistream/2.0.0")])
+def test_another_header_is_refused_at_its_first_wrong_byte(data: bytes) -> None:
+    """An HTTP client must not be waited for."""
     with pytest.raises(BadMessage):
-        Selector(lambda _: True).receive(encode_line("GET / HTTP/1.1"))
+        Selector(lambda _: True).receive(data)
 
 
 @pytest.mark.parametrize("size", [LINE_BYTES_MAX - 1, LINE_BYTES_MAX])
@@ -99,7 +101,7 @@ def test_a_line_up_to_the_bound_is_read(size: int) -> None:
 
 
 def test_a_line_beyond_the_bound_is_refused_before_it_is_there() -> None:
-    head = encode_line("a" * LINE_BYTES_MAX)[:2]
+    head = encode_line(HEADER) + encode_line("a" * LINE_BYTES_MAX)[:2]
     with pytest.raises(FrameTooLarge):
         Selector(lambda _: True).receive(head)
 

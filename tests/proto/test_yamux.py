@@ -286,8 +286,8 @@ def test_what_was_on_its_way_to_a_reset_stream_is_read_past() -> None:
         frame(WINDOW, 0, 1, 5),
         frame(WINDOW, FIN, 1, 0),
         data_frame(1, b"", FIN),
-        frame(WINDOW, RST, 1, 0),
         data_frame(1, b"later", RST),
+        frame(WINDOW, RST, 1, 0),
         data_frame(3, b"ok"),
     )
     assert events == [DataReceived(3, b"ok")]
@@ -377,12 +377,27 @@ def test_past_the_unread_budget_the_stream_with_the_oldest_bytes_is_reset() -> N
     assert take(yamux) == frame(WINDOW, ACK | RST, 1, 0)
 
 
-@pytest.mark.parametrize("flags", [0, FIN])
-def test_a_frame_for_a_refused_stream_is_bounded_too(flags: int) -> None:
+@pytest.mark.parametrize("gone", ["refused", "reset"])
+def test_data_for_a_stream_that_is_gone_is_bounded_by_its_window_too(gone: str) -> None:
+    """What was granted may be on its way; more is a peer that does not care."""
     yamux = opened(4)
-    receive(yamux, frame(WINDOW, SYN, 9, 0))
-    with pytest.raises(RemoteProtocolError, match="without a window"):
-        receive(yamux, frame(DATA, flags, 9, INITIAL_WINDOW_BYTES + 1))
+    if gone == "refused":
+        receive(yamux, frame(WINDOW, SYN, 9, 0))
+    else:
+        yamux.reset(1)
+    stream_id = 9 if gone == "refused" else 1
+    receive(yamux, data_frame(stream_id, bytes(INITIAL_WINDOW_BYTES)))
+    with pytest.raises(RemoteProtocolError, match="which is over"):
+        receive(yamux, frame(DATA, 0, stream_id, 1))
+
+
+def test_data_for_a_stream_the_peer_has_ended_or_reset_costs_the_connection() -> None:
+    yamux = opened(2)
+    receive(yamux, frame(WINDOW, RST, 1, 0), frame(WINDOW, FIN, 3, 0))
+    yamux.reset(3)
+    for stream_id in (1, 3):
+        with pytest.raises(RemoteProtocolError, match="which is over"):
+            receive(yamux, frame(DATA, 0, stream_id, 1))
 
 
 def test_ids_end_at_32_bits() -> None:

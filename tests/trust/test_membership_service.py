@@ -190,8 +190,7 @@ async def test_a_member_that_leaves_is_lost_and_one_that_returns_is_told_again(
         async with small_node("bob", machine(world, 2), tmp_path / "bob") as bob:
             await bob.host.dial(ann.peer, ann.host.addresses)
             await ann.membership.wait_member(bob.peer)
-
-    assert told == ["member", "lost", "member"]
+            assert told == ["member", "lost", "member"]
 
 
 async def test_networks_made_and_joined_survive_a_restart(

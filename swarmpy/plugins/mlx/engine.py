@@ -5,8 +5,10 @@ This module is cheap to import; MLX is imported by the first call, in the child 
 
 from __future__ import annotations
 
+import atexit
 import platform
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,9 +138,12 @@ def _build_id(model: OpenModel) -> str:
     return f"{versions()} {platform.machine()} {model.dtype} {blas.bind_openblas().name}"
 
 
+@cache
 def _prepare() -> None:
-    """Set MLX up for this process, once or again."""
+    """Set MLX up for this process, once."""
     import mlx.core as mx
 
     # It would run the system's C++ compiler, and no gain was measured.
     mx.disable_compile()
+    # A process may abort at its end while a stream's thread still waits for work.
+    atexit.register(mx.clear_streams)

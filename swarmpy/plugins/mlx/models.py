@@ -9,6 +9,8 @@ slower.
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +29,7 @@ from swarmpy.shards.gguf import GgufHeader, dequantize
 from swarmpy.shards.gguf import read_header as read_gguf_header
 from swarmpy.shards.llama import llama_config
 from swarmpy.shards.refusals import check_folder
-from swarmpy.shards.safetensors import read_header, tensor_bytes
+from swarmpy.shards.safetensors import read_folder, tensor_bytes, tensor_files
 
 T = TypeVar("T")
 
@@ -121,15 +123,16 @@ def open_model(path: Path) -> OpenModel:
 def _open_folder(folder: Path) -> OpenModel:
     config = check_folder(folder)
     model_type = _check_model_type(config)
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise ModelRefused(f"{folder.name} has no file model*.safetensors")
-    for file in files:
-        # MLX's own parser only ever sees headers that ours has checked.
-        read_header(file)
-    module, _ = _refuse_failures(
-        model_type, partial(mlx_lm_utils.load_model, folder, lazy=True, strict=True)
-    )
+    read_folder(folder)
+    # A folder with nothing in it but what was checked: mlx-lm reads whatever else it finds.
+    with tempfile.TemporaryDirectory() as name:
+        view = Path(name)
+        (view / "config.json").write_text(json.dumps(config), "utf-8")
+        for number, file in enumerate(tensor_files(folder)):
+            (view / f"model-{number:05}.safetensors").symlink_to(file.resolve())
+        module, _ = _refuse_failures(
+            model_type, partial(mlx_lm_utils.load_model, view, lazy=True, strict=True)
+        )
     return OpenModel(
         _in_computed_type(module), model_type, _context_max(config), _dtype_name(), _read_nothing
     )

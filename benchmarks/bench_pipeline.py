@@ -1,0 +1,297 @@
+"""What splitting costs: the whole model in one engine child against 1, 2 and 3 nodes in a ring.
+
+Seven interleaved rounds on one machine, same model, threads, chunks and exactness, every node in a
+process of its own on loopback. "Whole" is our engine child with all layers and no node around it.
+
+    python benchmarks/bench_pipeline.py [--json] [--rounds 7] [--tokens 48] [--threads 1]
+
+Goals: split_over_whole >= 0.90, hop_overhead_ms_p50 <= 0.8, node_cpu_ms_per_token <= 4,
+echo_tok_s >= 300. benchmarks/README.md has the numbers, and what they mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+import trio
+
+from swarmpy.abc import Row, Want
+from swarmpy.config import PREFILL_CHUNK, EngineConfig
+from swarmpy.pipeline import sampling
+from swarmpy.pipeline.engine_host import EngineHost, HostedShard
+from swarmpy.proto.pipeline import Sampling
+from swarmpy.shards.catalog import Catalog
+from swarmpy.shards.sources import DEFAULT_MODEL
+from swarmpy.testing.engine import EchoModel
+from swarmpy_cli.budget import split_budget
+
+CONTEXT = 1024
+SLOTS = 2
+PROMPT_TOKENS = 100
+ECHO = "swarmpy.testing.engine:EchoEngine"
+ECHO_TOKENS = 600
+NODE_START_TIMEOUT_S = 60.0
+
+
+@dataclass
+class NodeProcess:
+    """One node of benchmarks/node_process.py, and the line protocol to it."""
+
+    process: trio.Process
+    lines: AsyncIterator[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lines = self._read_lines()
+
+    async def _read_lines(self) -> AsyncIterator[str]:
+        assert self.process.stdout is not None
+        buffer = b""
+        async for chunk in self.process.stdout:
+            buffer += chunk
+            while b"\n" in buffer:
+                line, _, buffer = buffer.partition(b"\n")
+                yield line.decode()
+
+    async def read(self) -> Any:
+        return json.loads(await anext(self.lines))
+
+    async def do(self, command: str, **arguments: object) -> Any:
+        assert self.process.stdin is not None
+        line = json.dumps({"do": command, **arguments}) + "\n"
+        await self.process.stdin.send_all(line.encode())
+        return await self.read()
+
+
+@asynccontextmanager
+async def ring(
+    count: int, *, engine: str, model: str, cache: Path, memory_bytes: int, threads: int
+) -> AsyncIterator[list[NodeProcess]]:
+    """`count` nodes in processes of their own that have joined one network and assembled a ring."""
+    async with AsyncExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="swarmpy-bench-"))
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        nodes: list[NodeProcess] = []
+        for index in range(count):
+            arguments = {
+                "folder": str(Path(folder) / f"node-{index + 1}"),
+                "cache": str(cache),
+                "memory_bytes": memory_bytes,
+                "engine": engine,
+                "threads": threads,
+                "model": model,
+            }
+            command = [sys.executable, str(Path(__file__).with_name("node_process.py"))]
+            process = await trio.lowlevel.open_process(
+                [*command, json.dumps(arguments)], stdin=-1, stdout=-1
+            )
+            nodes.append(NodeProcess(process))
+        try:
+            with trio.fail_after(NODE_START_TIMEOUT_S):
+                for node in nodes:
+                    await node.read()
+                for node in nodes[1:]:
+                    await node.do("join", code=await nodes[0].do("invite"))
+                for node in nodes:
+                    await node.do("wait_members", count=count - 1)
+                view = await nodes[0].do("prepare")
+            assert len(view["stages"]) == count, f"{len(view['stages'])} stages, expected {count}"
+            yield nodes
+        finally:
+            with trio.move_on_after(5, shield=True):
+                for node in nodes:
+                    assert node.process.stdin is not None
+                    await node.process.stdin.aclose()
+                for node in nodes:
+                    await node.process.wait()
+            for node in nodes:
+                if node.process.returncode is None:
+                    node.process.kill()
+            nursery.cancel_scope.cancel()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One measured reply."""
+
+    token_ids: list[int]
+    tok_s: float
+    ttft_s: float
+    hop_overhead_ms: float = 0.0
+    engine_ms: float = 0.0
+    node_cpu_ms_per_token: float = 0.0
+
+
+async def reply_of_ring(nodes: Sequence[NodeProcess], prompt: list[int], count: int) -> Reply:
+    before = [await node.do("cpu") for node in nodes]
+    answer = await nodes[0].do("generate", token_ids=prompt, max_tokens=count)
+    after = [await node.do("cpu") for node in nodes]
+    report = answer["report"]
+    return Reply(
+        token_ids=answer["token_ids"],
+        tok_s=report["tok_s"],
+        ttft_s=report["ttft_s"],
+        hop_overhead_ms=report["hop_overhead_ms_p50"],
+        engine_ms=report["engine_ms_p50"],
+        node_cpu_ms_per_token=(sum(after) - sum(before)) * 1e3 / len(answer["token_ids"]),
+    )
+
+
+async def reply_of_whole(shard: HostedShard, prompt: list[int], count: int) -> Reply:
+    """The same reply by one engine child: chunks on the grid, then token by token."""
+    began = time.perf_counter()
+    ids = np.array(prompt, np.int32)
+    for start in range(0, len(ids), PREFILL_CHUNK):
+        chunk = ids[start : start + PREFILL_CHUNK]
+        is_last = start + len(chunk) == len(ids)
+        logits = await step(shard, start, chunk, Want.LAST_LOGITS if is_last else Want.NOTHING)
+    tokens = [choose(logits, prompt, [])]
+    first = time.perf_counter()
+    while len(tokens) < count:
+        position = len(prompt) + len(tokens) - 1
+        logits = await step(shard, position, np.array(tokens[-1:], np.int32), Want.LAST_LOGITS)
+        tokens.append(choose(logits, prompt, tokens))
+    took = time.perf_counter() - first
+    await shard.free(0)
+    return Reply(token_ids=tokens, tok_s=(count - 1) / took, ttft_s=first - began)
+
+
+async def step(shard: HostedShard, position: int, ids: Any, want: Want) -> Any:
+    row = Row(slot=0, position=position, count=len(ids), token_ids=ids, hidden=None, want=want)
+    output = (await shard.step((row,))).outputs[0]
+    assert not output.error, output.error
+    return None if output.logits is None else np.frombuffer(output.logits.data, np.float32)
+
+
+def choose(logits: Any, prompt: Sequence[int], tokens: Sequence[int]) -> int:
+    position = len(prompt) + len(tokens)
+    return sampling.sample(logits, Sampling(), position=position, history=()).token
+
+
+async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    cache = Path(os.environ.get("SWARMPY_CACHE") or platformdirs.user_cache_path("swarmpy"))
+    entry = await Catalog(cache).pull(DEFAULT_MODEL, lambda _: None)
+    prompt = [int(token) for token in np.arange(PROMPT_TOKENS) * 37 % 40_000 + 100]
+    settings = EngineConfig(threads=arguments.threads, context=CONTEXT, slots=SLOTS)
+    results: dict[str, list[Reply]] = {name: [] for name in ("whole", "1", "2", "3")}
+    async with AsyncExitStack() as stack:
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        host = EngineHost("mlx", config=settings, cache_folder=cache)
+        await nursery.start(host.run)
+        inspection = await host.inspect(entry.path)
+        whole = await host.load(
+            entry.path,
+            start=0,
+            end=inspection.layer_count,
+            slots=SLOTS,
+            context=CONTEXT,
+            exact=True,
+        )
+        rings = {}
+        for count in (1, 2, 3):
+            budget = split_budget(inspection, count, slots=SLOTS, context=CONTEXT)
+            rings[str(count)] = await stack.enter_async_context(
+                ring(
+                    count,
+                    engine="mlx",
+                    model=DEFAULT_MODEL,
+                    cache=cache,
+                    memory_bytes=budget,
+                    threads=arguments.threads,
+                )
+            )
+        for number in range(arguments.rounds + 1):
+            for name, replies in results.items():
+                if name == "whole":
+                    reply = await reply_of_whole(whole, prompt, arguments.tokens)
+                else:
+                    reply = await reply_of_ring(rings[name], prompt, arguments.tokens)
+                if number:  # the first round warms up
+                    replies.append(reply)
+                say(arguments, f"round {number} {name:>5}: {reply.tok_s:6.2f} tok/s")
+        nursery.cancel_scope.cancel()
+    return summary(results) | {"echo_tok_s": await measure_echo(arguments, cache)}
+
+
+async def measure_echo(arguments: argparse.Namespace, cache: Path) -> float:
+    """Tokens a second of a ring of three processes whose engine computes nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = EchoModel(layers=12, layer_weight_bytes=50_000_000, vocabulary_size=50_000)
+        path = model.write(Path(folder) / "echo")
+        async with ring(
+            3,
+            engine=ECHO,
+            model=str(path),
+            cache=Path(folder) / "cache",
+            memory_bytes=480_000_000,
+            threads=1,
+        ) as nodes:
+            rates = []
+            for _ in range(arguments.rounds):
+                reply = await reply_of_ring(nodes, [1, 2, 3], ECHO_TOKENS)
+                rates.append(reply.tok_s)
+                say(arguments, f"echo: {reply.tok_s:.0f} tok/s")
+    return round(statistics.median(rates), 1)
+
+
+def summary(results: dict[str, list[Reply]]) -> dict[str, Any]:
+    def median(name: str, field_name: str) -> float:
+        return statistics.median(getattr(reply, field_name) for reply in results[name])
+
+    ratios = [
+        split.tok_s / whole.tok_s
+        for split, whole in zip(results["3"], results["whole"], strict=True)
+    ]
+    tokens = {tuple(reply.token_ids) for replies in results.values() for reply in replies}
+    return {
+        "split_over_whole": round(statistics.median(ratios), 3),
+        "hop_overhead_ms_p50": round(median("3", "hop_overhead_ms"), 3),
+        "node_cpu_ms_per_token": round(median("3", "node_cpu_ms_per_token"), 3),
+        "tokens_equal": len(tokens) == 1,
+        "tok_s": {name: round(median(name, "tok_s"), 2) for name in results},
+        "ttft_s": {name: round(median(name, "ttft_s"), 4) for name in results},
+        "engine_ms_p50": {name: round(median(name, "engine_ms"), 2) for name in ("1", "2", "3")},
+        "split_over_whole_by_round": [round(ratio, 3) for ratio in ratios],
+    }
+
+
+def say(arguments: argparse.Namespace, line: str) -> None:
+    if not arguments.json:
+        print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    load = os.getloadavg()[0]
+    result = trio.run(measure, arguments)
+    result |= {
+        "rounds": arguments.rounds,
+        "tokens": arguments.tokens,
+        "threads": arguments.threads,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "load_before": round(load, 2),
+    }
+    print(json.dumps(result, indent=None if arguments.json else 2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Planner: what is feasible is planned, what is planned fits, equal input gives equal plans."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swarmpy.abc import Inspection
+from swarmpy.errors import NoPipeline
+from swarmpy.identity import PeerId
+from swarmpy.pipeline.fit import fit, format_bytes
+from swarmpy.pipeline.planner import Capacity, Plan, plan
+from swarmpy.testing.engine import EchoModel, inspection_of
+
+SLOTS, CONTEXT = 2, 512
+A, B, C, D = (PeerId(name) for name in "ABCD")
+
+
+def small(**changes: object) -> Inspection:
+    return inspection_of(EchoModel(layers=6, **changes))  # type: ignore[arg-type]
+
+
+def need(inspection: Inspection, start: int, end: int) -> int:
+    return fit(inspection, start, end, slots=SLOTS, context=CONTEXT).sum_bytes
+
+
+def capacity(peer: PeerId, memory_bytes: int, **changes: object) -> Capacity:
+    return Capacity(
+        peer=peer,
+        name=peer.lower(),
+        memory_bytes=memory_bytes,
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+def lay_out(inspection: Inspection, peers: list[Capacity], coordinator: PeerId = A) -> Plan:
+    return plan(inspection, peers, slots=SLOTS, context=CONTEXT, coordinator=coordinator)
+
+
+def ranges(layout: Plan) -> list[tuple[str, int, int]]:
+    return [(stage.peer, stage.start, stage.end) for stage in layout.stages]
+
+
+PEERS = st.lists(
+    st.tuples(st.floats(0, 1.3), st.floats(1e8, 1e11), st.booleans()), min_size=1, max_size=4
+)
+MODELS = st.builds(
+    EchoModel,
+    layers=st.integers(2, 6),
+    layer_weight_bytes=st.integers(10**6, 3 * 10**8),
+    embedding_weight_bytes=st.integers(0, 5 * 10**8),
+    head_weight_bytes=st.integers(0, 5 * 10**8),
+    is_tied=st.booleans(),
+    head_cost_layers=st.floats(0, 8),
+)
+
+
+def swarm(inspection: Inspection, drawn: list[tuple[float, float, bool]]) -> list[Capacity]:
+    whole = need(inspection, 0, inspection.layer_count)
+    return [
+        capacity(peer, int(share * whole), speed_bytes_s=speed, holds_model=holds_model)
+        for peer, (share, speed, holds_model) in zip((A, B, C, D), drawn, strict=False)
+    ]
+
+
+def is_feasible(inspection: Inspection, peers: list[Capacity]) -> bool:
+    """By trying every order and every cut."""
+    able = [peer for peer in peers if peer.holds_model]
+    for size in range(1, len(able) + 1):
+        for order in itertools.permutations(able, size):
+            for inner in itertools.combinations(inspection.cuts, size - 1):
+                cuts = [0, *inner, inspection.layer_count]
+                if all(
+                    need(inspection, *pair) <= peer.memory_bytes
+                    for peer, pair in zip(order, itertools.pairwise(cuts), strict=True)
+                ):
+                    return True
+    return False
+
+
+@settings(max_examples=300, deadline=None)
+@given(model=MODELS, drawn=PEERS)
+def test_any_plan_tiles_the_layers_and_fits_and_exists_where_one_can(
+    model: EchoModel, drawn: list[tuple[float, float, bool]]
+) -> None:
+    inspection = inspection_of(model)
+    peers = swarm(inspection, drawn)
+
+    if not is_feasible(inspection, peers):
+        with pytest.raises(NoPipeline):
+            lay_out(inspection, peers)
+        return
+    layout = lay_out(inspection, peers)
+
+    by_peer = {peer.peer: peer for peer in peers}
+    assert layout.cuts[0] == 0
+    assert layout.cuts[-1] == model.layers
+    assert all(stage.start < stage.end for stage in layout.stages)
+    assert len(set(layout.ring)) == len(layout.ring)
+    for stage, (start, end) in zip(layout.stages, itertools.pairwise(layout.cuts), strict=True):
+        assert (stage.start, stage.end) == (start, end)
+        assert need(inspection, start, end) == stage.terms.sum_bytes
+        assert stage.terms.sum_bytes <= by_peer[stage.peer].memory_bytes
+
+
+@settings(max_examples=100, deadline=None)
+@given(model=MODELS, drawn=PEERS, seed=st.integers(0, 100))
+def test_any_order_of_the_same_capacities_gives_the_same_plan(
+    model: EchoModel, drawn: list[tuple[float, float, bool]], seed: int
+) -> None:
+    inspection = inspection_of(model)
+    peers = swarm(inspection, drawn)
+    shuffled = list(peers)
+    random.Random(seed).shuffle(shuffled)
+    if is_feasible(inspection, peers):
+        assert lay_out(inspection, peers) == lay_out(inspection, shuffled)
+
+
+@settings(max_examples=100, deadline=None)
+@given(model=MODELS, speeds=st.lists(st.floats(1e8, 1e11), min_size=3, max_size=3))
+def test_any_balanced_plan_has_the_fastest_slowest_stage_within_the_slack(
+    model: EchoModel, speeds: list[float]
+) -> None:
+    """Against every order and cut of three stages that fit."""
+    inspection = inspection_of(model)
+    if model.layers < 3:
+        return
+    most = max(need(inspection, 0, model.layers - 2), need(inspection, 2, model.layers))
+    peers = [
+        capacity(peer, min(most, need(inspection, 0, model.layers) - 1), speed_bytes_s=speed)
+        for peer, speed in zip((A, B, C), speeds, strict=True)
+    ]
+    layout = lay_out(inspection, peers)
+    speed_of = {peer.peer: peer.speed_bytes_s for peer in peers}
+
+    def slowest(order: tuple[PeerId, ...], cuts: list[int]) -> float:
+        times = []
+        for peer, (start, end) in zip(order, itertools.pairwise(cuts), strict=True):
+            cost = (end - start) * model.layer_weight_bytes
+            if end == model.layers:
+                cost += model.head_cost_layers * model.layer_weight_bytes
+            times.append(cost / speed_of[peer])
+        return max(times)
+
+    def fits(cuts: list[int]) -> bool:
+        return all(
+            need(inspection, *pair) <= peers[0].memory_bytes for pair in itertools.pairwise(cuts)
+        )
+
+    size = len(layout.ring)
+    best = min(
+        slowest(order, [0, *inner, model.layers])
+        for order in itertools.permutations((A, B, C), size)
+        for inner in itertools.combinations(inspection.cuts, size - 1)
+        if fits([0, *inner, model.layers])
+    )
+    assert slowest(layout.ring, list(layout.cuts)) <= best * 1.0501
+
+
+def test_whoever_can_hold_it_all_gets_it_all_the_coordinator_first() -> None:
+    inspection = small()
+    whole = need(inspection, 0, 6)
+    peers = [
+        capacity(A, whole),
+        capacity(B, whole * 9, speed_bytes_s=9e9),
+        capacity(C, whole, speed_bytes_s=99e9),
+    ]
+
+    assert ranges(lay_out(inspection, peers, coordinator=A)) == [(A, 0, 6)]
+    assert ranges(lay_out(inspection, peers[1:], coordinator=A)) == [(C, 0, 6)]
+
+
+def test_a_head_as_costly_as_six_layers_shortens_the_last_stage() -> None:
+    inspection = inspection_of(EchoModel(layers=30, head_cost_layers=6.0))
+    room = need(inspection, 0, 20)
+
+    layout = lay_out(inspection, [capacity(peer, room // 2 + room // 5) for peer in (A, B, C)])
+
+    assert [stage.end - stage.start for stage in layout.stages] == [12, 12, 6]
+
+
+def test_a_peer_twice_as_fast_gets_twice_the_layers() -> None:
+    inspection = inspection_of(EchoModel(layers=31, head_cost_layers=0.0))
+    room = need(inspection, 0, 22)
+    peers = [
+        capacity(A, room, speed_bytes_s=1e9),
+        capacity(B, room, speed_bytes_s=2e9),
+    ]
+
+    layers = {stage.peer: stage.end - stage.start for stage in lay_out(inspection, peers).stages}
+
+    assert layers == {A: 10, B: 21} or layers == {A: 11, B: 20}
+
+
+def test_the_coordinator_is_the_first_stage_and_the_ring_follows_the_round_trips() -> None:
+    inspection = inspection_of(EchoModel(layers=12))
+    room = need(inspection, 0, 4) + 10**8
+    near, far = 0.001, 0.2
+    peers = [
+        capacity(A, room, rtt_s={C: near}),
+        capacity(B, room, rtt_s={A: far, D: near}),
+        capacity(C, room, rtt_s={D: near, B: near}),
+    ]
+    layout = lay_out(inspection, peers, coordinator=C)
+
+    assert layout.ring[0] == C
+
+
+def test_the_nearest_of_equal_peers_are_taken() -> None:
+    inspection = inspection_of(EchoModel(layers=12))
+    room = need(inspection, 0, 7)
+    peers = [
+        capacity(A, room, rtt_s={B: 0.3, C: 0.002, D: 0.3}),
+        capacity(B, room),
+        capacity(C, room),
+        capacity(D, room),
+    ]
+
+    assert lay_out(inspection, peers).ring == (A, C)
+
+
+def test_shards_that_are_loaded_are_used_as_they_are() -> None:
+    """Another coordinator's ring; nobody has room for more."""
+    inspection = small()
+    peers = [
+        capacity(A, 0, shards=((2, 4),)),
+        capacity(B, 0, shards=((0, 2),)),
+        capacity(C, 0, shards=((4, 6), (0, 1))),
+    ]
+
+    assert ranges(lay_out(inspection, peers)) == [(B, 0, 2), (A, 2, 4), (C, 4, 6)]
+
+
+def test_loaded_shards_with_a_hole_are_not_a_plan() -> None:
+    inspection = small()
+    peers = [capacity(A, 0, shards=((0, 2),)), capacity(B, 0, shards=((3, 6),))]
+
+    with pytest.raises(NoPipeline):
+        lay_out(inspection, peers)
+
+
+def test_forbidden_cuts_are_not_made() -> None:
+    inspection = small()
+    allowed = (2, 3)
+    inspection = type(inspection)(
+        **{
+            **{name: getattr(inspection, name) for name in inspection.__slots__},
+            "cuts": allowed,
+        }
+    )
+    room = need(inspection, 0, 4)
+
+    layout = lay_out(inspection, [capacity(A, room), capacity(B, room)])
+
+    assert set(layout.cuts[1:-1]) <= set(allowed)
+
+
+def test_a_refusal_says_what_is_missing_and_who_was_asked() -> None:
+    """One peer takes four of six layers; the other has room for all, and not the files."""
+    inspection = small()
+    room = need(inspection, 0, 4)
+    peers = [capacity(A, room), capacity(B, room * 2, holds_model=False)]
+
+    with pytest.raises(NoPipeline) as caught:
+        lay_out(inspection, peers)
+
+    message = str(caught.value)
+    assert f"{need(inspection, 4, 6)} bytes" in message
+    assert "layers 4-5" in message
+    assert f"a offers {format_bytes(room)}" in message
+    assert "b does not have the model" in message
+    assert "weights" in message
+
+
+def test_a_refusal_without_any_peer_says_so() -> None:
+    with pytest.raises(NoPipeline, match="nobody"):
+        lay_out(small(), [])
+
+
+def test_forty_peers_are_filled_one_after_the_other() -> None:
+    """Beyond what is searched exactly there is still a plan."""
+    inspection = inspection_of(EchoModel(layers=40))
+    room = need(inspection, 0, 2)
+    peers = [capacity(PeerId(f"P{index:02}"), room) for index in range(40)]
+
+    layout = lay_out(inspection, peers, coordinator=PeerId("P00"))
+
+    assert layout.cuts[-1] == 40
+    assert len(layout.stages) >= 20
+
+
+def test_the_speed_is_predicted_from_bytes_and_round_trips() -> None:
+    inspection = small(head_cost_layers=0.0)
+    room = need(inspection, 0, 4)
+    peers = [
+        capacity(A, room, speed_bytes_s=6e9, rtt_s={B: 0.1}),
+        capacity(B, room, speed_bytes_s=6e9),
+    ]
+    layout = lay_out(inspection, peers)
+
+    assert 1 / layout.tok_s == pytest.approx(6e8 / 6e9 + 2 * 0.05 + 2 * 0.0005)
