@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypedDict, TypeVar, Unpack
 
 import click
 
@@ -20,6 +20,18 @@ Command = TypeVar("Command", bound=Callable[..., object])
 
 Flags = dict[str, dict[str, object]]
 """Settings by section and key, as `load_config` takes them."""
+
+
+class ConfigOptions(TypedDict, total=False):
+    """What `config_options` adds to a command's arguments."""
+
+    name: str | None
+    listen: Sequence[str]
+    memory: str | None
+    engine: str | None
+    port: int | None
+    no_mdns: bool
+    settings_set: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,16 +117,7 @@ def config_options(command: Command) -> Command:
     return command
 
 
-def config_flags(
-    *,
-    name: str | None = None,
-    listen: Sequence[str] = (),
-    memory: str | None = None,
-    engine: str | None = None,
-    port: int | None = None,
-    no_mdns: bool = False,
-    settings_set: Sequence[str] = (),
-) -> Flags:
+def config_flags(**options: Unpack[ConfigOptions]) -> Flags:
     """Return the settings that a command's configuration options name.
 
     Raises:
@@ -125,23 +128,23 @@ def config_flags(
     def put(section: str, key: str, value: object) -> None:
         flags.setdefault(section, {})[key] = value
 
-    for text in settings_set:
+    for text in options.get("settings_set", ()):
         path, equals, value = text.partition("=")
         section, dot, key = path.strip().partition(".")
         if not (equals and dot and section and key):
             raise ConfigError(f"--set {text}: expected SECTION.KEY=VALUE, engine.context=2048")
         put(section, key, value.strip())
-    if name is not None:
+    if (name := options.get("name")) is not None:
         put("node", "name", name)
-    if listen:
+    if listen := options.get("listen"):
         put("network", "listen", list(listen))
-    if memory is not None:
+    if (memory := options.get("memory")) is not None:
         put("engine", "memory_bytes_max", memory)
-    if engine is not None:
+    if (engine := options.get("engine")) is not None:
         put("engine", "name", engine)
-    if port is not None:
+    if (port := options.get("port")) is not None:
         put("gateway", "listen", f"127.0.0.1:{port}")
-    if no_mdns:
+    if options.get("no_mdns"):
         put("network", "mdns", False)
     return flags
 

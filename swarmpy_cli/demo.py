@@ -29,7 +29,7 @@ from swarmpy_cli.status import print_pipeline
 if TYPE_CHECKING:
     from swarmpy.abc import Inspection, Progress
 
-PROMPT = "In two sentences: why do birds fly in swarms?"
+PROMPT = "Explain why birds fly in swarms."
 
 SLOTS = 2
 CONTEXT = 2048

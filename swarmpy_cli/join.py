@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import click
 import msgspec
@@ -13,7 +13,14 @@ from swarmpy.errors import SwarmError
 from swarmpy.status import InviteShown, Joined, NodeStatus
 from swarmpy_cli.client import NodeClient, NoNodeRunning, connect
 from swarmpy_cli.console import Steps, show_bytes, show_seconds
-from swarmpy_cli.context import Settings, config_flags, config_options, json_option, print_json
+from swarmpy_cli.context import (
+    ConfigOptions,
+    Settings,
+    config_flags,
+    config_options,
+    json_option,
+    print_json,
+)
 from swarmpy_cli.network import short_peer, show_wall_time
 from swarmpy_cli.run import prepare_model, run_briefly, run_node
 
@@ -41,7 +48,7 @@ def join(
     yes: bool,
     end_with_parent: bool,
     is_json: bool,
-    **options: object,
+    **options: Unpack[ConfigOptions],
 ) -> int:
     """Join a network by an invite.
 
@@ -49,7 +56,7 @@ def join(
     """
     if not yes and not sys.stdin.isatty():
         raise NotConfirmed("joining must be confirmed, and there is no terminal to ask on")
-    config = settings.config(config_flags(**options))  # type: ignore[arg-type]
+    config = settings.config(config_flags(**options))
     try:
         with connect(settings.folder) as client:
             return _join_through(client, code, yes=yes, is_json=is_json)

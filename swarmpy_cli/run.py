@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, Unpack
 
 import click
 import msgspec
@@ -24,6 +24,7 @@ from swarmpy.store import write_file
 from swarmpy_cli.client import NODE_FILE, NodeFile
 from swarmpy_cli.console import Step, Steps
 from swarmpy_cli.context import (
+    ConfigOptions,
     Settings,
     config_flags,
     config_options,
@@ -72,7 +73,7 @@ def run(
     no_model: bool,
     end_with_parent: bool,
     is_json: bool,
-    **options: object,
+    **options: Unpack[ConfigOptions],
 ) -> int:
     """Run a node, and prepare a model.
 
@@ -86,7 +87,7 @@ def run(
 
     return run_node(
         settings,
-        settings.config(config_flags(**options)),  # type: ignore[arg-type]
+        settings.config(config_flags(**options)),
         prepare,
         is_json=is_json,
         end_with_parent=end_with_parent,

@@ -104,7 +104,7 @@ class Gossip:
         self._seq = 0
         self._table = RecordTable()
         self._changed = trio.Event()
-        self._pushing: set[PeerId] = set()
+        self._pushing: dict[PeerId, trio.CancelScope] = {}
         host.set_handler(PROTOCOL, self._serve)
 
     # Own announcements -----------------------------------------------------------
@@ -166,19 +166,22 @@ class Gossip:
                 published_s = trio.current_time()
 
     async def push(self, peer: PeerId) -> None:
-        """Send a member all that is known, then what is newer, while it is one."""
-        if peer in self._pushing:
-            return
-        self._pushing.add(peer)
-        try:
+        """Send a member all that is known, then what is newer, while it is one.
+
+        Called again for a member that returned, it starts anew: the former stream is of no use.
+        """
+        if (former := self._pushing.get(peer)) is not None:
+            former.cancel()
+        with trio.CancelScope() as scope:
+            self._pushing[peer] = scope
             while self._trust.is_member(peer):
                 try:
                     await self._push_on_stream(peer)
                 except (NetworkError, RemoteProtocolError) as error:
                     logger.debug("announce.broken", extra={"peer": peer, "error": str(error)})
                     await trio.sleep(REOPEN_PAUSE_S)
-        finally:
-            self._pushing.discard(peer)
+        if self._pushing.get(peer) is scope:
+            del self._pushing[peer]
 
     async def _push_on_stream(self, peer: PeerId) -> None:
         """Push until the peer is no member, or another connection to it is the better one."""

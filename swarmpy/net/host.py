@@ -30,7 +30,6 @@ from swarmpy.abc import (
 from swarmpy.errors import (
     ConnectionLost,
     DialFailed,
-    HandshakeFailed,
     LocalProtocolError,
     NetworkError,
     PeerTimeout,
@@ -235,13 +234,16 @@ class NativeHost(Host):
         )
         if not self._may_keep(connection):
             connection.close()
-            raise DialFailed(f"the gate forbids a connection to {peer}")
+            raise DialFailed(f"a connection to {peer} is not allowed, or one too many")
         return connection
 
     def _keep(self, connection: NativeConnection) -> None:
         """Keep a dialled connection: it is in the table before anybody else runs."""
+        if self._is_closed:
+            connection.close()
+            raise DialFailed("the host was closed")
         self._add(connection)
-        self._running().start_soon(self._run_connection, connection)
+        self._tasks.start_soon(self._run_connection, connection)
 
     # Accepting -------------------------------------------------------------------
 
@@ -255,7 +257,7 @@ class NativeHost(Host):
             if is_full or not self.gate.allow_address(byte_stream.remote_address):
                 byte_stream.close()
                 continue
-            self._running().start_soon(self._serve_inbound, byte_stream)
+            self._tasks.start_soon(self._serve_inbound, byte_stream)
 
     async def _serve_inbound(self, byte_stream: ByteStream) -> None:
         remote = byte_stream.remote_address
@@ -274,7 +276,7 @@ class NativeHost(Host):
                 logger.debug("handshake.failed", extra={"remote": remote, "error": str(error)})
         if connection is None:
             return
-        if not self._may_keep(connection):
+        if self._is_closed or not self._may_keep(connection):
             connection.close()
             return
         self._add(connection)
@@ -283,12 +285,15 @@ class NativeHost(Host):
     # Connections -----------------------------------------------------------------
 
     def _may_keep(self, connection: NativeConnection) -> bool:
-        """Decide about a connection whose peer is proven."""
+        """Decide about a connection whose peer is proven.
+
+        That peer is this node itself where somebody carries its own handshake back to it.
+        """
         peer = connection.peer
-        if peer == self.identity.peer_id:
-            raise HandshakeFailed("this node answered itself")
         is_full = self._table.count(peer) >= config.CONNECTIONS_PER_PEER_MAX
-        return not is_full and self.gate.allow_peer(peer, connection.direction)
+        if is_full or peer == self.identity.peer_id:
+            return False
+        return self.gate.allow_peer(peer, connection.direction)
 
     def _add(self, connection: NativeConnection) -> None:
         connection.on_closed = self._remove
@@ -304,10 +309,9 @@ class NativeHost(Host):
         self._feed.publish(event)
 
     async def _run_connection(self, connection: NativeConnection) -> None:
-        nursery = self._running()
-        nursery.start_soon(self._info.ask, connection)
+        self._tasks.start_soon(self._info.ask, connection)
         if self._table.count(connection.peer) > 1:
-            nursery.start_soon(self._retire, connection.peer)
+            self._tasks.start_soon(self._retire, connection.peer)
         await connection.run(self._router.serve)
 
     async def _retire(self, peer: PeerId) -> None:
@@ -332,7 +336,7 @@ class NativeHost(Host):
             await trio.sleep(PUSH_PAUSE_S)
             self._changed = trio.Event()
             for connection in self._table.all():
-                self._running().start_soon(self._info.push, connection)
+                self._tasks.start_soon(self._info.push, connection)
 
     # Streams ---------------------------------------------------------------------
 
@@ -400,6 +404,12 @@ class NativeHost(Host):
         if connection is None:
             raise ConnectionLost(f"{peer} is not connected")
         return await self._info.ping(connection)
+
+    @property
+    def _tasks(self) -> trio.Nursery:
+        """The nursery of `run`, for its own tasks: open as long as one of them runs."""
+        assert self._nursery is not None
+        return self._nursery
 
     def _running(self) -> trio.Nursery:
         if self._nursery is None or self._is_closed:

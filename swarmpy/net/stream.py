@@ -107,12 +107,13 @@ class NativeStream(Stream):
             if self._pieces:
                 self._check_answer()
                 continue
-            self._raise_if_broken()
+            self._raise_if_reset()
             if self._is_remote_ended:
                 if self._dialer is not None:
                     raise self._refused("the peer ended the stream before it agreed")
                 await trio.lowlevel.checkpoint()
                 return b""
+            self.connection.raise_if_lost()
             await self._wait_bytes()
         return self._pop(bytes_max)
 
@@ -254,9 +255,12 @@ class NativeStream(Stream):
         self._pieces.clear()
         self.connection_closed()
 
-    def _raise_if_broken(self) -> None:
+    def _raise_if_reset(self) -> None:
         if self._error is not None:
             raise StreamReset(f"stream {self.protocol} to {self.peer} is over: {self._error}")
+
+    def _raise_if_broken(self) -> None:
+        self._raise_if_reset()
         self.connection.raise_if_lost()
 
     async def _wait_bytes(self) -> None:

@@ -25,7 +25,9 @@ UNSENT_BYTES_MAX = 64 * 1024
 ACCEPT_PAUSE_S = 0.1
 """Pause when the process is out of file descriptors; others must close some first."""
 
-_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_GONE_BEFORE_ACCEPT = {errno.ECONNABORTED, errno.EPROTO, errno.ECONNRESET, errno.ETIMEDOUT}
+"""Errors of one connection that accept reports; a flood of them must not slow down the others."""
+
 _CONNECTING = {0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0)}
 
 
@@ -114,9 +116,8 @@ class TcpListener(Listener):
                 except trio.ClosedResourceError:
                     break
             except OSError as error:
-                # Anything else concerns one connection that was gone before it was accepted.
-                out = error.errno in _OUT_OF_RESOURCES
-                await trio.sleep(ACCEPT_PAUSE_S if out else 0)
+                is_gone = error.errno in _GONE_BEFORE_ACCEPT
+                await trio.sleep(0 if is_gone else ACCEPT_PAUSE_S)
             except ConnectionLost:
                 await trio.lowlevel.checkpoint()
         raise ConnectionLost(f"no longer listening on {self.address}")

@@ -6,7 +6,7 @@ socket may be responder although it dialled. Spec: protocols/noise.md, protocols
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import trio
@@ -37,6 +37,7 @@ async def upgrade(
     random: RandomBytes,
     scratch: Scratch,
     expected_peer: PeerId | None = None,
+    early_muxers: Sequence[str] = (yamux.PROTOCOL,),
     timeout_s: float = config.HANDSHAKE_TIMEOUT_S,
 ) -> NativeConnection:
     """Turn a byte stream into an authenticated connection, whose `run` the caller then runs.
@@ -45,6 +46,8 @@ async def upgrade(
 
     Args:
         expected_peer: Who was dialled; anybody else is refused.
+        early_muxers: Named in the handshake, to save a round trip; without a common one Yamux is
+            negotiated behind it.
 
     Raises:
         HandshakeFailed: The other side is not the expected peer, proved nothing, or spoke nothing
@@ -58,7 +61,7 @@ async def upgrade(
         static=static,
         ephemeral=random.randbytes(32),
         expected_peer=expected_peer,
-        muxers=(yamux.PROTOCOL,),
+        muxers=early_muxers,
     )
     try:
         with trio.fail_after(timeout_s):

@@ -84,3 +84,16 @@ def format_bytes(size: int) -> str:
         if value < 999.5:
             return f"{value:.3g} {unit}"
     return f"{value / 1000:.3g} TB"
+
+
+def passed_bytes(inspection: Inspection, start: int, end: int) -> float:
+    """Weight bytes that one decode step of layers [start, end) passes over.
+
+    The embedding is looked up, not passed over; the head counts as the layers it costs. Planner and
+    measurement share this, so that a measured speed predicts the stage it was measured on.
+    """
+    passed = float(sum(inspection.layer_weight_bytes[start:end]))
+    if end == inspection.layer_count:
+        mean = sum(inspection.layer_weight_bytes) / inspection.layer_count
+        passed += inspection.head_cost_layers * mean
+    return passed

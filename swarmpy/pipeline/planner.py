@@ -18,7 +18,7 @@ from swarmpy.abc import Inspection
 from swarmpy.config import PREFILL_CHUNK, STAGES_MAX
 from swarmpy.errors import NoPipeline
 from swarmpy.identity import PeerId
-from swarmpy.pipeline.fit import FitTerms, fit, format_bytes
+from swarmpy.pipeline.fit import FitTerms, fit, format_bytes, passed_bytes
 
 SPEED_UNKNOWN_BYTES_S = 4e9
 """Assumed for a peer that has not measured itself: weight bytes a second of two slow cores."""
@@ -147,9 +147,7 @@ class _Search:
         self._count = inspection.layer_count
         self._ends = [*sorted(set(inspection.cuts)), self._count]
         self._terms: dict[tuple[int, int], FitTerms] = {}
-        # Bytes passed over up to each layer; the head counts as the layers it costs.
-        self._passed = [0.0, *itertools.accumulate(map(float, inspection.layer_weight_bytes))]
-        self._head = inspection.head_cost_layers * self._passed[-1] / self._count
+        self._passed: dict[tuple[int, int], float] = {}
 
     def terms(self, start: int, end: int) -> FitTerms:
         key = (start, end)
@@ -164,10 +162,10 @@ class _Search:
 
     def seconds(self, peer: Capacity, start: int, end: int) -> float:
         """Predicted time of one token in layers [start, end) on a peer."""
-        passed = self._passed[end] - self._passed[start]
-        if end == self._count:
-            passed += self._head
-        return passed / _speed(peer)
+        key = (start, end)
+        if key not in self._passed:
+            self._passed[key] = passed_bytes(self._inspection, start, end)
+        return self._passed[key] / _speed(peer)
 
     def reach(self, peer: Capacity, start: int, seconds_max: float) -> int:
         """The furthest end a peer can take from `start` on; `start` if not even one range fits.

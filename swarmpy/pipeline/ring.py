@@ -30,6 +30,7 @@ from swarmpy.net.messages import MessageStream
 from swarmpy.pipeline import sampling
 from swarmpy.pipeline.audience import Audience
 from swarmpy.pipeline.finite import is_finite
+from swarmpy.pipeline.fit import passed_bytes
 from swarmpy.pipeline.holdings import Holding, Holdings
 from swarmpy.pipeline.links import OutEdge, Spawn, StageControl, error_name
 from swarmpy.pipeline.stage_session import StageSession
@@ -95,7 +96,7 @@ class Stage:
         self.first = PeerId(ring[0])
         self.last = PeerId(ring[-1])
         start, end = offer.cuts[offer.stage], offer.cuts[offer.stage + 1]
-        self._weight_bytes = inspection.weight_bytes(start, end)
+        self._passed_bytes = passed_bytes(inspection, start, end)
         self._needs_ids = inspection.needs_token_ids(start, end)
         self._takes_ids = self.is_first or inspection.needs_token_ids(start, offer.cuts[-1])
         self._sends_ids = not self.is_last and inspection.needs_token_ids(end, offer.cuts[-1])
@@ -368,7 +369,7 @@ class Stage:
         if output.error:
             raise RowError(output.error)
         if step.count == 1 and outcome.engine_s > 0:
-            self._holdings.note_speed(self._weight_bytes / outcome.engine_s)
+            self._holdings.note_speed(self._passed_bytes / outcome.engine_s)
         engine_us = (*step.engine_us, int(outcome.engine_s * 1e6))
         if self.is_last:
             return await self._send_token(session, self._finish(session, step, output, engine_us))

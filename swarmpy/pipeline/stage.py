@@ -125,7 +125,7 @@ class StageService:
         )
         self._stages: dict[bytes, Stage] = {}
         self._coordinated: dict[bytes, tuple[PeerId, TokenSink]] = {}
-        self._inbound: dict[bytes, set[trio.CancelScope]] = {}
+        self._inbound: dict[bytes, dict[trio.CancelScope, None]] = {}
         self._inspections: dict[str, Inspection] = {}
         self._inspecting = trio.Lock()
         self._tasks: trio.MemorySendChannel[Callable[[], Awaitable[None]]] | None = None
@@ -283,7 +283,7 @@ class StageService:
         if last is None:
             messages.reset()
             return
-        if False:
+        if messages.peer != last:
             raise RemoteProtocolError("tokens from a peer that is not the last stage")
         while (frame := await messages.receive_frame(TOKEN_FRAME_BYTES_MAX)) is not None:
             token = wire.decode(frame, TokenFrame)
@@ -296,12 +296,12 @@ class StageService:
     def _inbound_scope(self, pipeline: bytes) -> Iterator[None]:
         """A scope that ends when this node leaves the pipeline."""
         with trio.CancelScope() as scope:
-            scopes = self._inbound.setdefault(pipeline, set())
-            scopes.add(scope)
+            scopes = self._inbound.setdefault(pipeline, {})
+            scopes[scope] = None
             try:
                 yield
             finally:
-                scopes.discard(scope)
+                del scopes[scope]
                 if not scopes and self._inbound.get(pipeline) is scopes:
                     del self._inbound[pipeline]
 

@@ -119,13 +119,18 @@ def decode(data: bytes, *, peer: PeerId) -> IdentifyInfo:
         seq, addresses = open_peer_record(record, peer=peer)
     observed = _known_addresses([protobuf.bytes_field(fields, 4)])
     return IdentifyInfo(
-        agent=protobuf.text_field(fields, 6)[:TEXT_MAX],
-        version=protobuf.text_field(fields, 5)[:TEXT_MAX],
-        protocols=tuple(item.decode("utf-8", "replace")[:TEXT_MAX] for item in protocols),
+        agent=_printable(protobuf.text_field(fields, 6)),
+        version=_printable(protobuf.text_field(fields, 5)),
+        protocols=tuple(_printable(item.decode("utf-8", "replace")) for item in protocols),
         addresses=addresses,
         observed_address=observed[0] if observed else "",
         record_seq=seq,
     )
+
+
+def _printable(text: str) -> str:
+    """Return the part of a peer's text that a terminal can be shown."""
+    return "".join(character for character in text[:TEXT_MAX] if character.isprintable())
 
 
 def _known_addresses(binary: Sequence[bytes]) -> tuple[str, ...]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from swarmpy_cli.main import main
 
 ROOT = Path(__file__).parents[2]
 ECHO = "swarmpy.testing.engine:EchoEngine"
@@ -52,6 +55,26 @@ class Process:
         return code, time.perf_counter() - started
 
 
+@dataclass(frozen=True)
+class Ran:
+    """What one command line gave."""
+
+    code: int
+    output: str
+    errors: str
+
+    @property
+    def document(self) -> dict[str, object]:
+        """The only JSON document on standard output."""
+        document = json.loads(self.output)
+        assert isinstance(document, dict)
+        return document
+
+
+Swarmpy = Callable[..., Ran]
+"""Runs a command line in this process."""
+
+
 def command(folder: Path, *words: str) -> list[str]:
     """Return the command line of `swarmpy WORDS` in a data folder, its cache beside it."""
     places = ["--data-dir", str(folder), "--cache-dir", str(folder.parent / "cache")]
@@ -63,7 +86,7 @@ def environ() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-@contextmanager
+@contextlib.contextmanager
 def started(folder: Path, *words: str) -> Iterator[Process]:
     """Run `swarmpy WORDS` for the length of the block."""
     popen = subprocess.Popen(
@@ -87,10 +110,16 @@ def ran(folder: Path, *words: str) -> subprocess.CompletedProcess[bytes]:
     )
 
 
+def asked(folder: Path, *words: str) -> Ran:
+    """Run `swarmpy WORDS` in this process: quicker, for commands that only talk to a node."""
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        code = main(["--data-dir", str(folder), *words])
+    return Ran(code, output.getvalue(), errors.getvalue())
+
+
 def document(folder: Path, *words: str) -> dict[str, object]:
-    """Run `swarmpy WORDS --json` and return its one document."""
-    done = ran(folder, *words, "--json")
-    assert done.returncode == 0, done.stderr.decode()
-    answer = json.loads(done.stdout)
-    assert isinstance(answer, dict)
-    return answer
+    """Run `swarmpy WORDS --json` in this process and return its one document."""
+    done = asked(folder, *words, "--json")
+    assert done.code == 0, done.output
+    return done.document

@@ -18,6 +18,7 @@ from tests.cli.processes import (
     ECHO,
     NODE_OPTIONS,
     SLOW,
+    asked,
     command,
     document,
     environ,
@@ -47,7 +48,7 @@ def test_status_tells_who_holds_which_layers(home: Path) -> None:
     status = document(home, "status")
     assert status["name"] == "ann"
     assert status["shards"] == ["echo-model 0-11"]
-    shown = ran(home, "status").stdout.decode()
+    shown = asked(home, "status").output
     assert "echo-model: 12 layers over 1 stage" in shown
     assert "holds echo-model 0-11" in shown
 
@@ -58,14 +59,14 @@ def test_models_are_listed_and_shown(home: Path) -> None:
     shown = document(home, "models", "show", "echo-model")
     assert shown in listed
     assert (shown["layer_count"], shown["is_ready"]) == (12, True)
-    assert b"echo-model" in ran(home, "models", "list").stdout
-    assert b"layer count     12" in ran(home, "models", "show", "echo-model").stdout
+    assert "echo-model" in asked(home, "models", "list").output
+    assert "layer count     12" in asked(home, "models", "show", "echo-model").output
 
 
 def test_an_unknown_model_is_refused_with_those_that_are_known(home: Path) -> None:
-    done = ran(home, "models", "show", "other")
-    assert done.returncode == 1
-    assert b"no model 'other' is known here (known: echo-model" in done.stderr
+    done = asked(home, "models", "show", "other")
+    assert done.code == 1
+    assert "no model 'other' is known here (known: echo-model" in done.errors
 
 
 def test_pulling_a_folder_from_where_the_user_stands(home: Path, place: Path) -> None:
@@ -81,14 +82,15 @@ def test_pulling_a_folder_from_where_the_user_stands(home: Path, place: Path) ->
 
 
 def test_pulling_what_nobody_has_is_the_nodes_own_error(home: Path) -> None:
-    done = ran(home, "models", "pull", "no-such-model", "--json")
-    assert done.returncode == 1
-    assert json.loads(done.stdout)["error"]["code"] == "model_not_found"
-    assert json.loads(done.stdout)["error"]["fix"]
+    done = asked(home, "models", "pull", "no-such-model", "--json")
+    assert done.code == 1
+    error = json.loads(done.output)["error"]
+    assert error["code"] == "model_not_found"
+    assert error["fix"]
 
 
 def test_an_invite_stands_alone_on_its_line_with_a_warning_below(home: Path) -> None:
-    lines = ran(home, "invite", "--ttl", "30m").stdout.decode().splitlines()
+    lines = asked(home, "invite", "--ttl", "30m").output.splitlines()
     assert lines[0].startswith("swarm://")
     assert " " not in lines[0]
     assert lines[1] == ""
@@ -96,24 +98,24 @@ def test_an_invite_stands_alone_on_its_line_with_a_warning_below(home: Path) -> 
 
 
 def test_an_invite_for_longer_than_a_day_is_refused(home: Path) -> None:
-    done = ran(home, "invite", "--ttl", "2d")
-    assert done.returncode == 2
-    assert b"expected up to 24h" in done.stderr
+    done = asked(home, "invite", "--ttl", "2d")
+    assert done.code == 2
+    assert "expected up to 24h" in done.errors
 
 
 def test_peers_lists_this_node(home: Path) -> None:
     peers = document(home, "peers")["peers"]
     assert isinstance(peers, list)
     assert [(peer["name"], peer["state"]) for peer in peers] == [("ann", "self")]
-    assert b"ann" in ran(home, "peers").stdout
+    assert "ann" in asked(home, "peers").output
 
 
 def test_a_chat_prints_the_reply_and_says_why_it_chose_the_model(home: Path) -> None:
-    done = ran(home, "chat", "hello", "--max-tokens", "5", "--temperature", "0")
-    assert done.returncode == 0
-    assert b"echo-model: its layers are loaded already" in done.stderr
+    done = asked(home, "chat", "hello", "--max-tokens", "5", "--temperature", "0")
+    assert done.code == 0
+    assert "echo-model: its layers are loaded already" in done.errors
     answer = document(home, "chat", "hello", "--max-tokens", "5", "--temperature", "0")
-    assert done.stdout.decode() == f"{answer['text']}\n"
+    assert done.output == f"{answer['text']}\n"
     assert answer["finish_reason"] == "length"
     assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": 5, "total_tokens": 11}
 
@@ -126,9 +128,9 @@ def test_a_prompt_can_come_from_a_pipe(home: Path) -> None:
 
 
 def test_a_bad_sampling_value_is_the_endpoints_error(home: Path) -> None:
-    done = ran(home, "chat", "hello", "--temperature", "-1", "--json")
-    assert done.returncode == 1
-    assert "temperature" in json.loads(done.stdout)["error"]["message"]
+    done = asked(home, "chat", "hello", "--temperature", "-1", "--json")
+    assert done.code == 1
+    assert "temperature" in json.loads(done.output)["error"]["message"]
 
 
 def test_joining_starts_a_node_where_none_runs_and_a_restart_needs_no_code(

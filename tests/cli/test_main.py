@@ -12,7 +12,7 @@ import pytest
 from swarmpy_cli.context import Settings, config_flags, default_folder
 from swarmpy_cli.lock import folder_lock
 from swarmpy_cli.main import cli, main
-from tests.cli.conftest import Swarmpy
+from tests.cli.processes import Swarmpy
 
 NEEDS_A_NODE = (
     ("peers",),

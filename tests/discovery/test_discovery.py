@@ -12,6 +12,7 @@ from trio.testing import MockClock
 
 from swarmpy.abc import Address, DiscoverySource, Sighting
 from swarmpy.discovery.gossip import PROTOCOL
+from swarmpy.discovery.service import STRANGERS_MAX
 from swarmpy.errors import SwarmError
 from swarmpy.identity import Identity
 from swarmpy.net.messages import MessageStream
@@ -258,6 +259,50 @@ async def test_a_peer_that_is_no_member_any_more_is_forgotten(
             assert view.state == "visible"
 
 
+async def test_a_stranger_that_nobody_speaks_of_any_more_is_not_listed(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    async with small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann:
+        ann.membership.create_network()
+        async with small_node("eve", machine(world, 2), tmp_path / "e") as eve:
+            await eve.host.dial(ann.peer, ann.host.addresses)
+            await until(lambda: ann.view(eve.peer) is not None)
+        await trio.sleep(500)
+        assert ann.view(eve.peer) is not None
+
+        await trio.sleep(200)
+
+        assert ann.view(eve.peer) is None
+
+
+async def test_strangers_cannot_fill_the_table(autojump_clock: MockClock, tmp_path: Path) -> None:
+    """Goal: a link full of forged sightings leaves room for members."""
+    world = SimNetwork()
+    link = Whisper()
+    async with (
+        small_node(
+            "ann",
+            machine(world, 1),
+            tmp_path / "a",
+            with_discovery=True,
+            sources=lambda *_: [link],
+        ) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "b") as bob,
+    ):
+        assert ann.discovery is not None
+        ann.membership.create_network()
+        await trio.testing.wait_all_tasks_blocked()
+        for number in range(STRANGERS_MAX + 10):
+            forged = Identity(number.to_bytes(32, "big")).peer_id
+            link.see(Sighting(peer=forged, addresses=(), source="mdns"))
+        assert len(ann.discovery.peers()) == STRANGERS_MAX
+
+        await join(bob, ann)
+
+        assert is_member(ann, bob)
+
+
 # Announcements -------------------------------------------------------------------------
 
 
@@ -394,6 +439,33 @@ async def test_a_forged_announcement_costs_the_connection(
 
         await push(bob, ann, sealed[:-1] + bytes([sealed[-1] ^ 1]))
         await until(lambda: not connection.is_open, within_s=1.0)
+
+
+async def test_an_outdated_announcement_is_ordinary_gossip(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "b") as bob,
+    ):
+        assert ann.discovery is not None
+        await join(bob, ann)
+        (membership,) = bob.membership.own_memberships().values()
+        outdated = Announcement(
+            peer=bob.peer,
+            seq=1,
+            issued_wall_s=int(wall_time() - 7200),
+            membership=membership.proof,
+            name="bob",
+            addresses=(),
+        )
+
+        await push(bob, ann, seal_announcement(bob.host.identity, outdated))
+        await trio.sleep(1)
+
+        assert ann.discovery.announcement(bob.peer) is None
+        assert ann.membership.is_member(bob.peer)
 
 
 async def test_an_announcement_of_a_stranger_is_ignored(

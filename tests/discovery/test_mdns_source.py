@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import threading
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from swarmpy.environment import Environment
 from swarmpy.identity import Identity
 from swarmpy.net.host import NativeHost
 from swarmpy.net.tcp import TcpNetwork
-from swarmpy.proto.mdns import SERVICE
+from swarmpy.proto.mdns import SERVICE, encode_txt
 
 LOOPBACK = ["127.0.0.1"]
 
@@ -132,43 +133,46 @@ async def test_a_node_that_starts_later_is_heard_and_hears_in_less_than_a_second
 async def test_nothing_is_told_but_addresses_and_the_peer_under_random_names(
     tmp_path: Path,
 ) -> None:
-    """Goal: no host name, no model list, and a name that says nothing. Method: read the packets."""
-    from zeroconf import RecordUpdate, RecordUpdateListener, Zeroconf
+    """Goal: no host name, no model list, and names that say nothing. Method: read the records."""
+    from zeroconf import DNSRecord, RecordUpdate, RecordUpdateListener, Zeroconf
 
     peer = Identity(b"x" * 32).peer_id
-    told: dict[str, set[str]] = {}
+    address = Address("/ip4/127.0.0.1/tcp/4003")
+    txt = encode_txt(peer, [address])
+    told: list[DNSRecord] = []
 
     class Reader(RecordUpdateListener):
         def async_update_records(
             self, zc: Zeroconf, now: float, records: list[RecordUpdate]
         ) -> None:
-            for update in records:
-                text = repr(getattr(update.new, "text", b""))
-                told.setdefault(update.new.name, set()).add(f"{type(update.new).__name__} {text}")
+            told.extend(update.new for update in records)
 
-    address = Address("/ip4/127.0.0.1/tcp/4003")
+    def labels() -> tuple[str, str] | None:
+        """The instance's and the host's name, once the TXT and SRV records were heard."""
+        names = {record.name for record in told if getattr(record, "text", None) == txt}
+        for record in told:
+            if record.name in names and hasattr(record, "server"):
+                return record.name.removesuffix("." + SERVICE), record.server
+        return None
+
     environment = Environment(network=TcpNetwork(), folder=tmp_path, cache_folder=tmp_path)
     source = MdnsSource(peer, lambda: [address], environment, interfaces=LOOPBACK)
     reader = await trio.to_thread.run_sync(lambda: Zeroconf(interfaces=LOOPBACK))
     reader.add_listener(Reader(), None)
-
-    def instance() -> str:
-        return next((name for name, texts in told.items() if peer in str(texts)), "")
-
     async with trio.open_nursery() as nursery:
         nursery.start_soon(source.run, lambda sighting: None)
-        await until(lambda: bool(instance()))
+        await until(lambda: labels() is not None)
         nursery.cancel_scope.cancel()
     await trio.to_thread.run_sync(reader.close)
 
-    label = instance().removesuffix("." + SERVICE)
-    assert len(label) == 32
-    assert label.isalnum()
-    texts = {text for text in told[instance()] if text.startswith("DNSText")}
-    assert texts == {
-        f"DNSText {(bytes([len(t)]) + t)!r}" for t in [f"dnsaddr={address}/p2p/{peer}".encode()]
-    }
-    assert not [name for name in told if socket.gethostname().lower() in name.lower()]
+    found = labels()
+    assert found is not None
+    instance, host = found
+    assert re.fullmatch("[a-z0-9]{32}", instance)
+    assert re.fullmatch(r"[a-z0-9]{32}\.local\.", host)
+    ours = [record for record in told if record.name in (f"{instance}.{SERVICE}", host)]
+    kinds = {type(record).__name__ for record in ours}
+    assert kinds == {"DNSText", "DNSService"}
 
 
 @needs_multicast

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 import struct
+from typing import Any
 
 import trio
 
-from swarmpy.abc import ByteStream, ProtocolId, Stream
+from swarmpy.abc import Address, ByteStream, Network, ProtocolId, Stream
 from swarmpy.errors import ConnectionLost, NetworkError
 from swarmpy.identity import Identity, PeerId
 from swarmpy.net.host import NativeHost
+from swarmpy.net.tcp import TcpNetwork
 from swarmpy.proto import noise
 from swarmpy.proto.multistream import Dialer
 from swarmpy.proto.noise import Handshake, StaticKey
+from swarmpy.testing import SimNetwork
 
 ECHO = ProtocolId("/swarmpy-test/echo/1")
 DATA, WINDOW, PING, GO_AWAY = range(4)
@@ -138,9 +141,9 @@ class RawPeer:
         self._received += data
 
 
-async def raw_peer(byte_stream: ByteStream) -> RawPeer:
+async def raw_peer(byte_stream: ByteStream, name: str) -> RawPeer:
     """Prove an identity to a host at the other end."""
-    own = identity("raw")
+    own = identity(name)
     handshake = Handshake(
         is_initiator=True,
         static=StaticKey.create(own, b"\x11" * 32),
@@ -150,6 +153,50 @@ async def raw_peer(byte_stream: ByteStream) -> RawPeer:
     peer = RawPeer(byte_stream, handshake)
     await peer.shake()
     return peer
+
+
+class World:
+    """Makes hosts that can reach each other."""
+
+    def __init__(self, kind: str, nursery: trio.Nursery) -> None:
+        self.kind = kind
+        self.sim = SimNetwork()
+        self._nursery = nursery
+        self._count = 0
+        self._strangers: list[ByteStream] = []
+
+    def network(self) -> Network:
+        """Return the network of one more machine."""
+        self._count += 1
+        if self.kind == "tcp":
+            return TcpNetwork()
+        return self.sim.network(f"10.0.0.{self._count}")
+
+    async def stranger(self, host: NativeHost) -> ByteStream:
+        """Return a bare byte stream to a host, from a machine of its own."""
+        byte_stream = await self.network().dial(host.addresses[0])
+        self._strangers.append(byte_stream)
+        return byte_stream
+
+    async def raw_peer(self, host: NativeHost, *, name: str = "raw") -> RawPeer:
+        """Return a proven connection to a host, below Yamux."""
+        return await raw_peer(await self.stranger(host), name)
+
+    def close(self) -> None:
+        """Close the bare byte streams; hosts end with the test's nursery."""
+        for byte_stream in self._strangers:
+            byte_stream.close()
+
+    async def host(self, name: str, **options: Any) -> NativeHost:
+        """Return a running host that listens."""
+        made = NativeHost(
+            identity(name), self.network(), random=random.Random(f"keys of {name}"), **options
+        )
+        await self._nursery.start(made.run)
+        await made.listen(
+            Address("/ip4/127.0.0.1/tcp/0" if self.kind == "tcp" else "/ip4/0.0.0.0/tcp/0")
+        )
+        return made
 
 
 async def send_raw(byte_stream: ByteStream, data: bytes) -> None:

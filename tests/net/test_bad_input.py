@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 import pytest
 import trio
 import trio.testing
-from conftest import World
 from net_hosts import (
     ACK,
     DATA,
@@ -18,6 +17,7 @@ from net_hosts import (
     SYN,
     WINDOW,
     RawPeer,
+    World,
     connect,
     echo,
     exchange,
@@ -159,6 +159,17 @@ async def test_handshakes_beyond_the_bound_push_out_the_oldest(
         assert spared.receive_into_nowait(memoryview(bytearray(1))) is None
     assert trio.current_time() == 0.0
     await still_serves(sim, host)
+
+
+async def test_a_peer_with_this_nodes_own_key_is_refused(tcp: World) -> None:
+    """A copied data folder, or a node that was led to its own port."""
+    host = await tcp.host("host")
+    host.set_handler(ECHO, echo)
+    twin = await tcp.raw_peer(host, name="host")
+    with trio.fail_after(5):
+        await twin.wait_closed()
+    assert not host.connections
+    await still_serves(tcp, host)
 
 
 # After the peer is proven ---------------------------------------------------------------------

@@ -7,8 +7,16 @@ import random
 import pytest
 import trio
 import trio.testing
-from conftest import World
-from net_hosts import ECHO, connect, echo, exchange, receive_all, receive_exactly, wait_until_closed
+from net_hosts import (
+    ECHO,
+    World,
+    connect,
+    echo,
+    exchange,
+    receive_all,
+    receive_exactly,
+    wait_until_closed,
+)
 
 from swarmpy import config
 from swarmpy.abc import Address, ConnectionEvent, Gate, ProtocolId, Stream

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import trio
 import trio.testing
-from conftest import World
-from net_hosts import ECHO, connect, echo, exchange, identity, receive_all
+from net_hosts import ECHO, World, connect, echo, exchange, identity, receive_all
 
 from swarmpy import config
 from swarmpy.abc import Priority, ProtocolId, Stream
-from swarmpy.errors import ConnectionLost
+from swarmpy.errors import ConnectionLost, StreamReset
 from swarmpy.net.table import ConnectionTable
 from swarmpy.testing import Link
 
@@ -153,6 +154,33 @@ async def test_a_cancelled_sender_hands_its_turn_on(sim: World, autojump_clock: 
         assert await receive_all(survivor) == b"300000"
 
 
+async def test_a_sender_whose_stream_was_reset_hands_its_turn_on(
+    sim: World, autojump_clock: object
+) -> None:
+    """It was given the turn and has nothing to send: the next one must not wait for ever."""
+    alice, bob = await sim.host("alice"), await sim.host("bob")
+    bob.set_handler(SINK, sink)
+    sim.sim.set_link("10.0.0.1", "10.0.0.2", UPLINK)
+    peer = await connect(alice, bob)
+    first, second, third = [
+        await alice.open_stream(peer, [SINK], priority=Priority.BULK) for _ in range(3)
+    ]
+
+    async def send(stream: Stream) -> None:
+        with suppress(StreamReset):
+            await stream.send_all(bytes(200_000))
+            await stream.close_write()
+
+    async with trio.open_nursery() as nursery:
+        for stream in (first, second, third):
+            nursery.start_soon(send, stream)
+        await trio.testing.wait_all_tasks_blocked()
+        second.reset()
+        with trio.fail_after(10):
+            assert await receive_all(first) == b"200000"
+            assert await receive_all(third) == b"200000"
+
+
 async def send_for(stream: Stream, time_s: float) -> None:
     with trio.move_on_after(time_s):
         await stream.send_all(bytes(1_000_000))
@@ -242,6 +270,49 @@ async def test_a_handler_outlives_its_connection_only_for_a_while(
     alice.close()
     await trio.sleep(60)
     assert cancelled_s == [pytest.approx(6.0)]
+
+
+async def test_a_handler_that_fails_while_it_is_cancelled_does_no_harm(
+    sim: World, autojump_clock: object
+) -> None:
+    """Its error and the cancellation come in one group; only the cancellation goes further."""
+    alice, bob = await sim.host("alice"), await sim.host("bob")
+
+    async def fail_late() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise ValueError("oops")
+
+    async def hang(_: Stream) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fail_late)
+            nursery.start_soon(trio.sleep_forever)
+
+    bob.set_handler(SINK, hang)
+    bob.set_handler(ECHO, echo)
+    stream = await alice.open_stream(await connect(alice, bob), [SINK])
+    await stream.send_all(b"x")
+    await trio.sleep(1)
+    alice.close()
+    await trio.sleep(60)
+    carol = await sim.host("carol")
+    stream = await carol.open_stream(await connect(carol, bob), [ECHO])
+    assert await exchange(stream, b"hello") == b"hello"
+
+
+async def test_an_end_that_was_received_stays_an_end(sim: World, autojump_clock: object) -> None:
+    """All bytes and the end came before the connection was lost: nothing is missing."""
+    alice, bob = await sim.host("alice"), await sim.host("bob")
+    bob.set_handler(ECHO, echo)
+    stream = await alice.open_stream(await connect(alice, bob), [ECHO])
+    await stream.send_all(b"hello")
+    await stream.close_write()
+    await trio.sleep(1)
+    bob.close()
+    await trio.sleep(1)
+    assert not alice.connections
+    assert await receive_all(stream) == b"hello"
 
 
 async def test_a_stream_its_peer_never_ends_is_reset_after_the_handler(

@@ -162,8 +162,10 @@ async def open_swarm(
             swarm.budgets[node.peer] = swarm.announced[node.peer] = budgets[index]
             await nursery.start(_run, node, engine_host)
             address = await host.listen(Address(listen.format(index + 1)))
+            events = host.connection_events()
             for other in swarm.nodes[:-1]:
                 await other.host.dial(node.peer, [address])
+                await anext(events)  # This end knows of it too.
         yield swarm
         nursery.cancel_scope.cancel()
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import trio
-from rings import MODEL_ID, budget_for, open_swarm
+from rings import MODEL_ID, Node, budget_for, open_swarm
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from swarmpy.abc import Progress
+from swarmpy.errors import ModelNotFound
 from swarmpy.net.tcp import TcpNetwork
 from swarmpy.proto.pipeline import Sampling
 from swarmpy.testing.engine import EchoModel, reply
@@ -270,3 +271,47 @@ async def test_a_peer_without_the_model_is_not_asked_to_hold_it(
 
     assert sorted(stage.name for stage in stages) == ["node1", "node2"]
     assert tokens == reply(EchoModel(), PROMPT, 10)
+
+
+async def test_requests_at_the_same_time_share_one_assembly(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    plans: list[Progress] = []
+
+    async with open_swarm(tmp_path, link=SLOW) as swarm:
+        assembler = swarm.nodes[0].assembler
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(
+                    lambda: assembler.pipeline_for(MODEL_ID, on_progress=plans.append)
+                )
+        shards = [len(node.service.shards) for node in swarm.nodes]
+
+    assert len([step for step in plans if step.step.startswith("planned")]) == 1
+    assert shards == [1, 1, 1]
+
+
+async def test_three_coordinators_that_start_together_end_with_one_ring(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """Each plans itself as the first stage; there is memory for one ring alone."""
+    replies: dict[str, list[int]] = {}
+
+    async with open_swarm(tmp_path, link=SLOW) as swarm:
+
+        async def run(node: Node) -> None:
+            replies[node.name] = await node.reply(PROMPT)
+
+        async with trio.open_nursery() as nursery:
+            for node in swarm.nodes:
+                nursery.start_soon(run, node)
+        shards = [len(node.service.shards) for node in swarm.nodes]
+
+    assert list(replies.values()) == [reply(EchoModel(), PROMPT, 8)] * 3
+    assert shards == [1, 1, 1]
+
+
+async def test_a_model_nobody_has_is_not_found(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with open_swarm(tmp_path, holds_model=[False, False, False]) as swarm:
+        with pytest.raises(ModelNotFound):
+            await swarm.nodes[0].reply(PROMPT)

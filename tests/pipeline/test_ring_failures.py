@@ -16,6 +16,7 @@ from swarmpy.errors import (
     ContextExceeded,
     EngineLost,
     ModelRefused,
+    NetworkError,
     NoPipeline,
     OfferRejected,
     PeerTimeout,
@@ -24,8 +25,10 @@ from swarmpy.errors import (
     SamplingError,
     StageLost,
 )
+from swarmpy.net.messages import MessageStream
+from swarmpy.pipeline.links import PROTOCOL
 from swarmpy.pipeline.session import Generation
-from swarmpy.proto.pipeline import Sampling
+from swarmpy.proto.pipeline import Edge, Sampling, TokenFrame
 from swarmpy.testing.engine import EchoModel, reply
 from swarmpy.testing.network import Link
 
@@ -225,6 +228,53 @@ async def test_one_bad_session_does_not_touch_another(
         await read(generation, tokens)
 
     assert tokens == reply(EchoModel(), PROMPT, 50)
+
+
+async def test_tokens_of_a_peer_that_is_not_the_last_stage_are_not_read(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """The middle stage forges the next token."""
+    async with (
+        open_swarm(tmp_path, link=SLOW) as swarm,
+        await swarm.nodes[0].generate(PROMPT, max_tokens=30) as generation,
+    ):
+        tokens = [(await anext(generation)).id]
+        pipeline = bytes.fromhex(generation.pipeline.id)
+        stream = MessageStream(
+            await swarm.nodes[1].host.open_stream(swarm.nodes[0].peer, [PROTOCOL])
+        )
+        await stream.send(Edge(pipeline=pipeline, kind="token"))
+        forged = TokenFrame(
+            session=generation.id,
+            epoch=0,
+            step=1,
+            position=len(PROMPT) + 1,
+            token=7,
+            engine_us=(0, 0, 0),
+        )
+        await stream.send(forged)
+        with pytest.raises(NetworkError), trio.fail_after(60):
+            await stream.receive_frame(1)
+        await read(generation, tokens)
+
+    assert tokens == reply(EchoModel(), PROMPT, 30)
+
+
+async def test_a_prompt_runs_no_further_ahead_than_stages_plus_one_chunks(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """The last stage drops all steps, so that no chunk of twenty comes round."""
+    async with open_swarm(tmp_path, link=SLOW) as swarm:
+        await swarm.nodes[0].reply(PROMPT)
+        pipeline = bytes.fromhex(swarm.nodes[0].assembler.pipelines()[0].id)
+        first, _, last = (node.service.stage_of(pipeline) for node in swarm.nodes)
+        assert first is not None
+        assert last is not None
+        async with await swarm.nodes[0].generate([1] * 64 * 20) as generation:
+            last.sessions.clear()
+            await trio.sleep(5)
+
+            assert first.sessions[generation.id].next_step == 4
 
 
 # Refused offers ----------------------------------------------------------------------

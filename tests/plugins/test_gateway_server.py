@@ -171,13 +171,16 @@ async def test_a_client_that_does_not_read_loses_its_reply(
             await node.generations[0].closed.wait()
 
 
-def chat_request(address: GatewayAddress) -> bytes:
-    body = b'{"messages":[{"role":"user","content":"Hi"}],"stream":true}'
+def request_head(address: GatewayAddress, path: str, size: int) -> str:
     return (
-        f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{port_of(address)}\r\n"
-        f"authorization: Bearer {read_key(address.api_key_path)}\r\n"
-        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    ).encode() + body
+        f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1:{port_of(address)}\r\n"
+        f"authorization: Bearer {read_key(address.admin_key_path)}\r\n"
+        f"content-type: application/json\r\ncontent-length: {size}\r\n\r\n"
+    )
+
+
+def chat_request(address: GatewayAddress) -> bytes:
+    return request_head(address, "/v1/chat/completions", len(STREAM)).encode() + STREAM
 
 
 async def stalled(node: Any) -> None:
@@ -189,6 +192,44 @@ async def stalled(node: Any) -> None:
 
 
 # Connections ------------------------------------------------------------------------
+
+PLAIN = b'{"messages":[{"role":"user","content":"Hi"}]}'
+STREAM = b'{"messages":[{"role":"user","content":"Hi"}],"stream":true}'
+PULL = b'{"model":"tiny"}'
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/chat/completions", PLAIN, 200),
+        ("/v1/chat/completions", STREAM, 200),
+        ("/admin/models/pull", PULL, 200),
+        ("/v1/chat/completions", b"{", 400),
+        ("/v1/chat/completions", b" " * 3_000_000, 413),
+        ("/nothing", b"{}", 404),
+    ],
+    ids=["plain", "stream", "task", "malformed", "too large", "not found"],
+)
+async def test_a_connection_is_closed_after_its_last_answer(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    body: bytes,
+    status: int,
+    is_kept: bool,
+) -> None:
+    """At once where the client wants that, else after some silence; it must never be forgotten."""
+    monkeypatch.setattr(server, "IDLE_TIMEOUT_S", 0.2)
+    async with served(make_node(tmp_path)) as address, await connect(address) as stream:
+        close = "" if is_kept else "connection: close\r\n"
+        head = request_head(address, path, len(body)).replace("\r\n\r\n", f"\r\n{close}\r\n")
+        await stream.send_all(head.encode() + body)
+        answer = b""
+        with trio.fail_after(10):
+            while part := await stream.receive_some(65536):
+                answer += part
+    assert answer.startswith(f"HTTP/1.1 {status}".encode())
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,16 @@ def test_an_announcement_that_is_too_large_leaves_out_the_last_models_first() ->
     assert signed.announcement.models == models[: len(signed.announcement.models)]
 
 
+def test_an_announcement_that_is_too_large_without_models_is_not_signed() -> None:
+    wide = "\N{GRINNING FACE}"
+    texts = dict.fromkeys(("name", "agent", "boot_id", "machine_id", "engine"), wide * 64)
+    addresses = tuple("/ip6/" + "a" * 59 for _ in range(8))
+    record = announcement(**texts, build_id=wide * 128, addresses=addresses, membership=PROOF * 7)
+
+    with pytest.raises(BadMessage, match="exceeds 4096"):
+        seal_announcement(ANN, record)
+
+
 def test_an_announcement_beyond_its_bound_is_refused() -> None:
     with pytest.raises(BadMessage, match="exceeds 4096"):
         open_announcement(bytes(ANNOUNCEMENT_BYTES_MAX + 1), wall_s=NOW_S)

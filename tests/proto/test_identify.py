@@ -67,6 +67,14 @@ def test_a_message_without_an_observed_address_survives_too() -> None:
     assert identify.decode(data, peer=ALICE.peer_id) == info
 
 
+def test_what_a_terminal_would_obey_is_left_out() -> None:
+    data = protobuf.encode([(6, b"evil\x1b[2J\n" + b"x" * 300), (3, b"/a/1\x07")])
+    info = identify.decode(data, peer=ALICE.peer_id)
+    assert info.agent.startswith("evil[2Jx")
+    assert len(info.agent) < identify.TEXT_MAX
+    assert info.protocols == ("/a/1",)
+
+
 def test_a_message_without_fields_says_nothing() -> None:
     info = identify.decode(b"", peer=ALICE.peer_id)
     assert info == IdentifyInfo(agent="", version="")

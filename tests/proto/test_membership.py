@@ -31,6 +31,7 @@ from swarmpy.proto.membership import (
     key_hash_of,
     matching_networks,
     network_id_of,
+    network_name_of,
     network_tag,
     own_network_id,
     verify_membership,
@@ -212,6 +213,10 @@ def test_authority_does_not_outlive_its_source() -> None:
     dated_back = (*early.proof, signed(ANN, member=BOB.peer_id, not_after_wall_s=int(NOW_S + 2e6)))
     with pytest.raises(NotAMember, match="ended"):
         verify_membership(dated_back, wall_s=early.not_after_wall_s + CLOCK_SKEW_S + 1)
+
+
+def test_the_name_of_a_network_can_be_read_from_an_ended_proof() -> None:
+    assert network_name_of(founded(wall_s=0.0).proof) == "kitchen"
 
 
 def test_a_member_whose_own_record_is_over_signs_nothing() -> None:

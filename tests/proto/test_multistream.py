@@ -76,9 +76,10 @@ def test_listing_protocols_is_refused() -> None:
     [
         encode_line("/multistream/2.0.0"),
         encode_line(HEADER) + encode_line("/other/1"),
-        b"\x03abc",
-        b"\x03\xff\xff\n",
         b"\x00",
+        encode_line(HEADER) + b"\x03abc",
+        encode_line(HEADER) + b"\x03\xff\xff\n",
+        encode_line(HEADER) + b"\x00",
     ],
 )
 def test_a_dialer_refuses_a_listener_that_answers_something_else(answer: bytes) -> None:
@@ -113,8 +114,9 @@ def test_a_dialer_that_proposes_without_end_is_refused() -> None:
         selector.receive(encode_line("/a/1"))
 
 
-@given(st.binary(max_size=300))
-def test_any_bytes_are_taken_or_raise_remote_protocol_error(data: bytes) -> None:
+@given(st.binary(max_size=300), st.booleans())
+def test_any_bytes_are_taken_or_raise_remote_protocol_error(data: bytes, behind: bool) -> None:
+    data = HEADER_LINE + data if behind else data
     for side in (Dialer(["/a/1"]), Selector(lambda _: True)):
         try:
             side.receive(data)

@@ -478,6 +478,70 @@ async def test_three_wrong_codes_block_their_sender_for_a_minute(
         assert isinstance(afterwards, Accepted)
 
 
+async def test_a_blocked_joiner_is_told_to_wait(autojump_clock: MockClock, tmp_path: Path) -> None:
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
+        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
+    ):
+        ann.membership.create_network()
+        code = (await ann.membership.create_invite()).code
+        for _ in range(3):
+            await show(bob, ann, b"wrong")
+
+        with pytest.raises(MembershipError, match="too many wrong codes") as caught:
+            await bob.membership.redeem(code)
+
+        assert caught.value.fix == "Wait a minute and try again."
+
+
+async def test_an_issuer_whose_own_membership_has_ended_admits_nobody(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Method: bob invites an hour before his record ends; his code is shown an hour after."""
+    world = SimNetwork()
+    clock = Clock()
+    async with (
+        small_node("bob", machine(world, 2), tmp_path / "bob", clock=clock) as bob,
+        small_node("cid", machine(world, 3), tmp_path / "cid", clock=clock) as cid,
+    ):
+        async with small_node("ann", machine(world, 1), tmp_path / "ann", clock=clock) as ann:
+            ann.membership.create_network()
+            await bob.membership.redeem((await ann.membership.create_invite()).code)
+        clock.offset_s += 30 * 86400 - 3600
+        code = (await bob.membership.create_invite()).code
+        clock.offset_s += 7200
+
+        with pytest.raises(MembershipError, match="may not let anybody into"):
+            await cid.membership.redeem(code)
+
+        assert cid.membership.networks() == []
+        assert [item.uses_left for item in bob.membership.invites()] == [1]
+
+
+async def test_a_connection_lost_before_the_answer_costs_another_try_and_not_the_code(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Method: the issuer closes the connection while its answer is under way."""
+    world = SimNetwork(link=Link(latency_s=0.5))
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
+        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
+        trio.open_nursery() as nursery,
+    ):
+        ann.membership.create_network()
+        invite = await ann.membership.create_invite()
+        nursery.start_soon(bob.membership.redeem, invite.code)
+        await until(lambda: not ann.membership.invites())
+        connection = ann.host.connection_to(bob.peer)
+        assert connection is not None
+        connection.close()
+
+        await bob.membership.wait_member(ann.peer)
+
+        assert len(bob.membership.networks()) == 1
+
+
 async def test_an_invite_longer_than_a_day_is_not_issued(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:

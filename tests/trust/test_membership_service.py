@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ from small_nodes import Clock, SmallNode, machine, small_node, until
 from trio.testing import MockClock
 
 from swarmpy.abc import ProtocolId, Stream
-from swarmpy.errors import NotAMember, RemoteProtocolError, StreamReset
+from swarmpy.errors import MembershipError, NotAMember, RemoteProtocolError, StreamReset
 from swarmpy.identity import PeerId
 from swarmpy.net.messages import MessageStream
-from swarmpy.proto.membership import Done, Hello, Proofs, network_tag
+from swarmpy.proto.membership import NETWORKS_MAX, Done, Hello, Proofs, network_tag
 from swarmpy.testing.network import Link, SimNetwork
 from swarmpy.trust.exchange import channel_binding
 from swarmpy.trust.membership import PROTOCOL
@@ -249,6 +250,52 @@ async def test_a_record_that_nobody_renewed_ends_membership(
         assert not ann.membership.is_member(bob.peer)
         with pytest.raises(RemoteProtocolError):
             await ask_work(bob, ann.peer)
+
+
+async def test_a_network_whose_membership_ended_is_left_and_its_invites_with_it(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    clock = Clock()
+    async with small_node("bob", machine(world, 2), tmp_path / "bob", clock=clock) as bob:
+        async with small_node("ann", machine(world, 1), tmp_path / "ann", clock=clock) as ann:
+            await join(bob, ann)
+        clock.offset_s += 31 * DAY_S
+        await trio.sleep(700)
+        assert bob.membership.networks() == []
+        with pytest.raises(NotAMember):
+            await bob.membership.create_invite()
+
+    async with small_node("bob", machine(world, 2), tmp_path / "bob", clock=clock) as bob:
+        assert bob.membership.networks() == []
+
+
+async def test_a_damaged_record_on_disk_does_not_keep_the_node_from_starting(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    async with small_node("ann", machine(world, 1), tmp_path / "ann") as ann:
+        ann.membership.create_network("kitchen")
+        ann.membership.create_network("garage")
+    with sqlite3.connect(tmp_path / "ann" / "membership.db") as database:
+        first = "SELECT network_id FROM networks ORDER BY joined_wall_s LIMIT 1"
+        database.execute(f"UPDATE networks SET proof = x'00' WHERE network_id = ({first})")
+    database.close()
+
+    async with small_node("ann", machine(world, 1), tmp_path / "ann") as ann:
+        assert len(ann.membership.networks()) == 1
+
+
+async def test_a_node_may_be_in_just_so_many_networks(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    async with small_node("ann", machine(world, 1), tmp_path / "ann") as ann:
+        for _ in range(NETWORKS_MAX):
+            ann.membership.create_network()
+
+        with pytest.raises(MembershipError, match="in 8 networks"):
+            ann.membership.create_network()
 
 
 async def test_a_founder_away_for_months_signs_itself_anew(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -267,15 +267,22 @@ class _Request:
 
         return receive
 
-    async def drain(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Take in what is left of the body; started once it is all here, too much or too slow."""
+    async def drain(self) -> None:
+        """Take in what is left of the body, in bounds.
+
+        Raises:
+            ClientGone: The connection closed meanwhile.
+        """
         size = 0
         with trio.move_on_after(DRAIN_TIMEOUT_S):
             while not self._is_complete and size <= DRAIN_BYTES_MAX:
                 size += len(await self._next_part())
-        task_status.started()
-        while not self._is_complete:
-            await self._next_part()
+
+    async def discard(self) -> None:
+        """Take in all that still comes: the server's queue must not be full when it answers."""
+        with suppress(ClientGone):
+            while not self._is_complete:
+                await self._next_part()
 
     async def _next_part(self) -> bytes:
         event = await self._receive()
@@ -298,11 +305,17 @@ class _Response:
         self.has_begun = False
 
     async def send(self, event: Event) -> None:
-        """Send an event; a client that takes nothing for long counts as gone."""
+        """Send an event; a client that takes nothing for long counts as gone.
+
+        With the last one the server ends the exchange and says so, as if the client had hung up:
+        that must not cancel what the server is still doing to the connection.
+        """
+        is_last = event["type"] == "http.response.body" and not event.get("more_body", False)
         if event["type"] == "http.response.start":
             self.has_begun = True
             event = {**event, "headers": [*event.get("headers", ()), *self._headers]}
-        with trio.move_on_after(CLIENT_STALL_S_MAX) as waiting:
+        # The connection gives up first, and then cleans up; this is for what waits elsewhere.
+        with trio.move_on_after(2 * CLIENT_STALL_S_MAX, shield=is_last) as waiting:
             await self._send(event)
         if waiting.cancelled_caught:
             raise ClientGone(f"the client took nothing for {CLIENT_STALL_S_MAX:g} seconds")
@@ -344,24 +357,23 @@ async def _refuse(refusal: Refusal, request: _Request, response: _Response) -> N
     """Answer with an error, taking in the rest of the body so that its sender comes to read it."""
     if response.has_begun:
         raise BrokenResponse(refusal.message)
-    body = msgspec.json.encode(refusal.body())
-    headers = {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        **(refusal.headers or {}),
-    }
-    async with trio.open_nursery() as nursery:
-        # It goes on while the answer is sent: the server waits for room in the body's queue.
-        await nursery.start(request.drain)
-        await response.send(
-            {
-                "type": "http.response.start",
-                "status": refusal.status,
-                "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
-            }
-        )
-        await response.send({"type": "http.response.body", "body": body})
-        nursery.cancel_scope.cancel()
+    answer = json_response(refusal.body(), status=refusal.status)
+    answer.headers.update(refusal.headers or {})
+    try:
+        await request.drain()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(request.discard)
+            await response.send(
+                {
+                    "type": "http.response.start",
+                    "status": answer.status_code,
+                    "headers": answer.raw_headers,
+                }
+            )
+            await response.send({"type": "http.response.body", "body": answer.body})
+            nursery.cancel_scope.cancel()
+    except* ClientGone:
+        pass
 
 
 async def wait_gone(receive: Receive, scope: trio.CancelScope) -> None:

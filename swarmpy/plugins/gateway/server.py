@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,11 +104,14 @@ class _Server:
     async def run(self, listening: socket.socket) -> None:
         """Accept and serve until cancelled; then end every connection at once."""
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
-        try:
-            await trio.serve_listeners(self._serve, [listener])
-        finally:
-            for connection in self._open:
-                connection.abort()
+        async with trio.open_nursery() as nursery:
+            accept = partial(trio.serve_listeners, handler_nursery=nursery)
+            nursery.start_soon(accept, self._serve, [listener])
+            try:
+                await trio.sleep_forever()
+            finally:  # while the connections are still being served, some of them shielded
+                for connection in self._open:
+                    connection.abort()
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         if len(self._open) >= CONNECTIONS_MAX:
@@ -137,6 +141,7 @@ class _Connection:
         with trio.move_on_after(CLIENT_STALL_S_MAX) as waiting:
             await self._stream.send_all(data)
         if waiting.cancelled_caught:
+            self.abort()  # else hypercorn would go on waiting for the client's next request
             raise trio.BrokenResourceError("the client does not read")
 
     async def send_eof(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import platform
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,7 @@ class MlxEngine(abc.Engine):
 
     def _open(self, path: Path) -> tuple[Path, OpenModel, Layers, Recording]:
         """Open and record a model, or return the one opened last if it is the same."""
-        from swarmpy.plugins.mlx.models import open_model
+        from swarmpy.plugins.mlx.models import open_model, refuse_failures
         from swarmpy.plugins.mlx.recording import Layers, record
 
         if self._opened is None or self._opened[0] != path:
@@ -81,7 +81,8 @@ class MlxEngine(abc.Engine):
             _prepare()
             model = open_model(path)
             layers = Layers(model.module)
-            self._opened = (path, model, layers, record(model.module, layers))
+            recording = refuse_failures(model.architecture, partial(record, model.module, layers))
+            self._opened = (path, model, layers, recording)
         return self._opened
 
 

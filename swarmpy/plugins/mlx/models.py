@@ -130,7 +130,7 @@ def _open_folder(folder: Path) -> OpenModel:
         (view / "config.json").write_text(json.dumps(config), "utf-8")
         for number, file in enumerate(tensor_files(folder)):
             (view / f"model-{number:05}.safetensors").symlink_to(file.resolve())
-        module, _ = _refuse_failures(
+        module, _ = refuse_failures(
             model_type, partial(mlx_lm_utils.load_model, view, lazy=True, strict=True)
         )
     return OpenModel(
@@ -157,7 +157,7 @@ def _open_gguf(path: Path) -> OpenModel:
         module.eval()
         return module
 
-    module = _refuse_failures("llama", build)
+    module = refuse_failures("llama", build)
     return OpenModel(
         module, "llama", _context_max(config), "float32", partial(_read_gguf, header, config)
     )
@@ -207,10 +207,16 @@ def _check_model_type(config: Mapping[str, object]) -> str:
     return model_type
 
 
-def _refuse_failures(model_type: str, build: Callable[[], T]) -> T:
-    """Build a model; whatever mlx-lm does not like about the files is the files' fault."""
+def refuse_failures(model_type: str, build: Callable[[], T]) -> T:
+    """Build or try a model; whatever mlx-lm does not like about the files is the files' fault.
+
+    Raises:
+        ModelRefused: It failed.
+    """
     try:
         return build()
+    except ModelRefused:
+        raise
     except (Exception, SystemExit) as error:
         # SystemExit too: one shipped module ends the process where its package is missing.
         what = f"{type(error).__name__}: {error}"

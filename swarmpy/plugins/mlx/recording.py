@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from swarmpy.errors import ModelRefused
 from swarmpy.plugins.mlx.arrays import wire_type
+from swarmpy.plugins.mlx.state import flat_caches
 from swarmpy.proto.tensor import DIMENSIONS_MAX, TENSORS_MAX, TensorSpec
 
 RECORDED_COUNTS = ((3,), (5,), (3, 2))
@@ -177,9 +178,11 @@ def record(module: nn.Module, layers: Layers) -> Recording:
         ModelRefused: The layers are not each called once and in order.
     """
     parameters = dict(tree_flatten(module.parameters()))
+    first = _Forward(module, layers, parameters, RECORDED_COUNTS[0])
+    # Compared from here on: what a module works out once and keeps is no session's state.
     before = _own_state(module)
-    forwards = [_Forward(module, layers, parameters, counts) for counts in RECORDED_COUNTS]
-    first = forwards[0]
+    others = [_Forward(module, layers, parameters, counts) for counts in RECORDED_COUNTS[1:]]
+    forwards = [first, *others]
     leaves = tuple(
         tuple(_leaf(arrays) for arrays in zip(*(f.outputs[index] for f in forwards), strict=True))
         for index in range(len(layers))
@@ -200,7 +203,9 @@ def record(module: nn.Module, layers: Layers) -> Recording:
         caches=tuple(frozenset(used) for used in first.caches),
         cache_count=len(first.prompt_cache),
         cache_bytes=tuple(_cache_bytes(item) for item in forwards[-1].prompt_cache),
-        cache_kinds=tuple({type(c): None for item in first.prompt_cache for c in _flat(item)}),
+        cache_kinds=tuple(
+            {type(c): None for item in first.prompt_cache for c in flat_caches(item)}
+        ),
         vocabulary_size=int(first.logits.shape[-1]),
         keeps_state_itself=_own_state(module) != before,
     )
@@ -373,19 +378,10 @@ def _arrays(tree: Tree) -> list[mx.array]:
 # State ----------------------------------------------------------------------
 
 
-def _flat(item: object) -> Iterator[object]:
-    """Iterate over a cache, or over the caches inside a list of them."""
-    if isinstance(item, caches.CacheList):
-        for part in item.caches:
-            yield from _flat(part)
-    elif item is not None:
-        yield item
-
-
 def _cache_bytes(item: object) -> tuple[int, int]:
     """Return a cache's bytes a token and the bytes that do not grow with tokens."""
     per_token = fixed = 0
-    for part in _flat(item):
+    for part in flat_caches(item):
         if isinstance(part, (caches.KVCache, caches.RotatingKVCache, caches.ChunkedKVCache)):
             if part.keys is None:
                 continue
