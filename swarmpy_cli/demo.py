@@ -113,9 +113,12 @@ def demo(
             if not keep:
                 nodes.end()
             result |= story.compare(nodes, plan, reply)
-        story.finish(result, split[0], is_kept=keep)
-        if keep:
-            _wait_interrupted(nodes)
+        try:
+            story.finish(result, split[0], is_kept=keep)
+            if keep:
+                _watch(nodes)
+        except KeyboardInterrupt:
+            click.echo("ending the nodes", err=True)
     return 0
 
 
@@ -342,15 +345,12 @@ def _wait_met(nodes: DemoNodes, started: Sequence[DemoNode], step: Step) -> None
         pause.wait(POLL_S)
 
 
-def _wait_interrupted(nodes: DemoNodes) -> None:
+def _watch(nodes: DemoNodes) -> None:
     """Wait for Ctrl-C, or raise when a node ends."""
     pause = threading.Event()
-    try:
-        while True:
-            nodes.check()
-            pause.wait(1.0)
-    except KeyboardInterrupt:
-        click.echo("ending the nodes", err=True)
+    while True:
+        nodes.check()
+        pause.wait(1.0)
 
 
 def _engine_name(settings: Settings) -> str:

@@ -218,9 +218,6 @@ class Gossip:
     async def _serve(self, stream: Stream) -> None:
         messages = MessageStream(stream)
         count = 0
-        # The gate admits a peer as soon as it has proven itself. Its first announcements may be read
-        # before this side has confirmed that, and would be left out as of no network in common.
-        await self._trust.confirm(stream.peer)
         try:
             while (
                 pushed := await messages.receive_or_end(Announce, bytes_max=FRAME_BYTES_MAX)

@@ -1,7 +1,7 @@
 """The open connections of a host, and which of several to one peer is the one to use.
 
 After a simultaneous dial both ends keep the connection whose initiator has the smaller PeerId; each
-decides alone and both decide alike. Spec: protocols/README.md.
+decides alone and both decide alike. Spec: protocols/multistream.md, section 4.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """TCP as a `Network`: sockets shaped as byte streams, and the border that maps socket errors.
 
-Reading and writing are plain non-blocking calls; trio only waits. Spec: protocols/README.md.
+Reading and writing are plain non-blocking calls; trio only waits. Spec: protocols/multistream.md, 1-2.
 """
 
 from __future__ import annotations

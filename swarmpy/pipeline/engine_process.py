@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ from pathlib import Path
 import trio
 
 from swarmpy.errors import BadMessage, EngineLost, FrameTooLarge
-from swarmpy.pipeline.engine_threads import ChildLock
+from swarmpy.pipeline.engine_threads import ChildLock, count_children
 from swarmpy.proto import engine as messages
 from swarmpy.proto.tensor import Tensor
 
@@ -95,10 +93,10 @@ class EngineProcess:
     def _spawn(
         self, engine_name: str, *, lock_folder: Path, threads: int, undo: contextlib.ExitStack
     ) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="swarmpy-engine-"))
-        undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
+        count_children(lock_folder)  # It also removes what dead ones left.
         self._lock_file = ChildLock(lock_folder)
         undo.callback(self._lock_file.remove)
+        folder = self._lock_file.scratch.absolute()
         self._socket, remote = socket.socketpair()
         undo.callback(self._socket.close)
         for end in (self._socket, remote):
@@ -117,8 +115,8 @@ class EngineProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr_write,
-                cwd=self._folder,
-                env=child_environment(self._folder, threads=threads),
+                cwd=folder,
+                env=child_environment(folder, threads=threads),
                 pass_fds=(remote.fileno(), self._lock_file.descriptor),
                 start_new_session=True,
             )
@@ -310,8 +308,7 @@ class EngineProcess:
         self._reason = self._describe_end()
         trio.lowlevel.notify_closing(self._socket)
         self._socket.close()
-        self._lock_file.remove()
-        await trio.to_thread.run_sync(lambda: shutil.rmtree(self._folder, ignore_errors=True))
+        await trio.to_thread.run_sync(self._lock_file.remove)
         self._ended.set()
         if self.crashed is not None and not self._is_expected_to_end:
             self.crashed(self._reason)

@@ -8,6 +8,7 @@ all its nodes share, and the number is fixed at load. Spec: protocols/engine.md,
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -19,7 +20,8 @@ class ChildLock:
     """One child's locked file: held as long as any process has `descriptor` open.
 
     The child inherits the descriptor and the node closes its own, so the lock lives exactly as long
-    as the child, however it ends.
+    as the child, however it ends. `scratch` is the child's own folder (0700): where node and child
+    are killed together, whoever next counts the children removes it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,14 +34,16 @@ class ChildLock:
         self.descriptor = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.rename(hidden, self.path)
+        self.scratch = _scratch(self.path)
+        self.scratch.mkdir(mode=0o700)
 
     def hand_over(self) -> None:
         """Close this process's descriptor, once the child has inherited it."""
         os.close(self.descriptor)
 
     def remove(self) -> None:
-        """Remove the file of a child that has ended."""
-        self.path.unlink(missing_ok=True)
+        """Remove file and folder of a child that has ended."""
+        _remove(self.path)
 
 
 def count_children(folder: Path) -> int:
@@ -55,12 +59,22 @@ def count_children(folder: Path) -> int:
         try:
             # Shared, so that two nodes counting at once do not take each other for a child.
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
+            _remove(path)
         except BlockingIOError:
             alive += 1
         finally:
             os.close(descriptor)
     return alive
+
+
+def _scratch(lock: Path) -> Path:
+    return lock.with_suffix("")
+
+
+def _remove(lock: Path) -> None:
+    # The folder first: without its lock nobody would find it again.
+    shutil.rmtree(_scratch(lock), ignore_errors=True)
+    lock.unlink(missing_ok=True)
 
 
 def threads_for(folder: Path, *, configured: int) -> int:

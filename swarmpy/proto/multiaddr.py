@@ -1,7 +1,7 @@
 """Multiaddrs: the addresses of libp2p, as text and as the bytes that identify carries.
 
 Sans-IO. Only the protocols a TCP peer needs are known; an address with any other is refused whole.
-Spec: libp2p specs, addressing; protocols/multistream.md, section 4.
+Spec: libp2p specs, addressing; protocols/multistream.md, section 1.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def _seeded_scheduler(seed: int) -> Iterator[None]:
     scheduler = importlib.import_module("trio._core._run")
     changes: list[tuple[object, str, object]] = [
         (scheduler, "_r", random.Random(seed)),
-        (scheduler, "_ALLOW_DETERMINISTIC_SCHEDULING", False),
+        (scheduler, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
         (trio.to_thread, "run_sync", _run_inline),
         (trio.from_thread, "run_sync", _call),
         (trio.from_thread, "check_cancelled", _call),

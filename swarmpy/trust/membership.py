@@ -32,6 +32,7 @@ from swarmpy.identity import Identity, PeerId
 from swarmpy.net.messages import MessageStream
 from swarmpy.proto import invite
 from swarmpy.proto import membership as proto
+from swarmpy.proto.invite import SignedInvite
 from swarmpy.proto.membership import Hello, NetworkId, NotRenewed, Renew, Renewed
 from swarmpy.store import open_database
 from swarmpy.trust import invites, networks
@@ -222,10 +223,8 @@ class Membership:
                 )
                 self._book.store(membership)
                 _tell(self._on_network, membership.network_id)
-            elif signed.issuer != self._identity.peer_id:
-                await self._host.dial(signed.issuer, addresses_of(signed))
             if signed.issuer != self._identity.peer_id:
-                await self._exchange(signed.issuer)
+                await self._meet(signed)
         return Joined(
             network_id=signed.network_id,
             network_name=signed.invite.network_name,
@@ -246,8 +245,13 @@ class Membership:
         return [peer for peer in sorted(self._peers) if self.is_member(peer)]
 
     def shared_networks(self, peer: PeerId) -> frozenset[NetworkId]:
-        """Return the networks in which a connected member and this node are together."""
-        return frozenset(self._valid(self._peers[peer])) if self.is_member(peer) else frozenset()
+        """Return the networks of this node that a connected peer has proven to be in.
+
+        Already true of a peer that the gate admits and whose conversation has not ended yet: what
+        it sends on the strength of that must not be taken for a stranger's.
+        """
+        known = self._peers.get(peer)
+        return frozenset() if known is None else frozenset(self._valid(known))
 
     async def confirm(self, peer: PeerId) -> bool:
         """Have the membership conversation with a connected peer, or wait for the one under way.
@@ -384,6 +388,16 @@ class Membership:
                         raise
         finally:
             self._running.pop(peer).set()
+
+    async def _meet(self, signed: SignedInvite) -> None:
+        """Become a member to the issuer of an invite, over another connection if one breaks."""
+        for attempt in range(EXCHANGE_ATTEMPTS_MAX):
+            await self._host.dial(signed.issuer, addresses_of(signed))
+            try:
+                return await self._exchange(signed.issuer)
+            except (ConnectionLost, StreamReset):
+                if attempt == EXCHANGE_ATTEMPTS_MAX - 1:
+                    raise
 
     async def _exchange_once(self, peer: PeerId) -> None:
         with within(CONVERSATION_TIMEOUT_S, "the membership conversation"):

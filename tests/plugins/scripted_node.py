@@ -126,6 +126,7 @@ class ScriptedGeneration:
     finish_reason: str | None = None
     closed: trio.Event = field(default_factory=trio.Event)
     count: int = 0
+    is_cut: bool = False
     pipeline: PipelineView = VIEW
 
     def __post_init__(self) -> None:
@@ -147,7 +148,8 @@ class ScriptedGeneration:
             else:
                 self.count += 1
                 return Token(item, self.count - 1)
-        self.finish_reason = self.finish_reason or "stop"
+        if not self.is_cut:
+            self.finish_reason = self.finish_reason or "stop"
         raise StopAsyncIteration
 
     async def aclose(self) -> None:

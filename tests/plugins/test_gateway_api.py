@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import httpx
 import openai
 import pytest
 import trio
-from scripted_node import Pause, ScriptedNode, ids_of, make_node, served
+from scripted_node import VIEW, Pause, ScriptedNode, entry_of, ids_of, make_node, served
 
 from swarmpy.abc import Progress
+from swarmpy.config import ModelsConfig
 from swarmpy.errors import EngineLost, NoPipeline, StageLost
 from swarmpy.pipeline.session import Token
 from swarmpy.plugins.gateway import GatewayAddress
@@ -186,7 +188,6 @@ async def test_a_character_of_several_tokens_comes_whole(api: Served) -> None:
 
 async def test_a_reply_cut_by_its_length_says_so(api: Served) -> None:
     api.node.script = ids_of("Hel")
-    api.node.generations = []
 
     async def generate(*args: Any, **kwargs: Any) -> Any:
         generation = await ScriptedNode.generate(api.node, *args, **kwargs)
@@ -195,6 +196,17 @@ async def test_a_reply_cut_by_its_length_says_so(api: Served) -> None:
 
     api.node.generate = generate  # type: ignore[method-assign]
     assert (await api.chat()).json()["choices"][0]["finish_reason"] == "length"
+
+
+async def test_a_reply_that_was_cut_is_an_error_and_never_a_stop(api: Served) -> None:
+    async def generate(*args: Any, **kwargs: Any) -> Any:
+        generation = await ScriptedNode.generate(api.node, *args, **kwargs)
+        generation.is_cut = True
+        return generation
+
+    api.node.generate = generate  # type: ignore[method-assign]
+    response = await api.chat()
+    assert (response.status_code, error_of(response)["code"]) == (502, "stage_lost")
 
 
 async def test_details_add_ids_stages_and_report(api: Served) -> None:
@@ -496,3 +508,26 @@ async def test_a_model_without_a_template_is_refused_clearly(api: Served) -> Non
 
     assert (response.status_code, error_of(response)["code"]) == (422, "model_refused")
     assert "no chat template" in error_of(response)["message"]
+
+
+# The model of a request that names none -----------------------------------------------
+
+
+async def test_the_configured_default_model_goes_first(api: Served) -> None:
+    api.node.config = replace(api.node.config, models=ModelsConfig(default="nobody"))
+    assert (await api.chat()).status_code == 404
+
+
+async def test_without_a_default_the_served_model_is_taken(api: Served) -> None:
+    big = replace(entry_of(api.node.environment.folder / "tiny", "big"), size_bytes=10**9)
+    api.node.catalog.entries.append(big)
+
+    assert (await api.chat()).json()["model"] == "big"
+    api.node.ready = [VIEW]
+    assert (await api.chat()).json()["model"] == "tiny"
+
+
+async def test_without_any_model_a_request_is_a_404(api: Served) -> None:
+    api.node.catalog.entries.clear()
+    response = await api.chat()
+    assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")

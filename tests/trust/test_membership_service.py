@@ -89,7 +89,7 @@ async def test_a_member_is_served(autojump_clock: MockClock, tmp_path: Path) -> 
 async def test_no_stream_opened_on_hearing_of_a_member_is_refused(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    """Goal: neither side calls the other a member before that one serves it.
+    """Goal: neither side calls the other a member before that one serves it and knows its networks.
 
     Method: 100 ms of latency, and both open a stream in the very call-back.
     """
@@ -104,8 +104,15 @@ async def test_no_stream_opened_on_hearing_of_a_member_is_refused(
         async def ask(node: SmallNode, peer: PeerId) -> None:
             answers.append(await ask_work(node, peer))
 
+        def serve(node: SmallNode) -> None:
+            async def handle(stream: Stream) -> None:
+                shared = node.membership.shared_networks(stream.peer)
+                await stream.send_all(b"done" if shared else b"stranger")
+
+            node.host.set_handler(WORK, handle)
+
         for node in (ann, bob):
-            serve_work(node)
+            serve(node)
             node.membership.on_member(lambda peer, node=node: nursery.start_soon(ask, node, peer))
         await join(bob, ann)
         await until(lambda: len(answers) == 2)

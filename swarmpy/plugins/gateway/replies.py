@@ -19,7 +19,7 @@ import trio
 from starlette.responses import Response
 
 from swarmpy.abc import Progress
-from swarmpy.errors import SwarmError
+from swarmpy.errors import StageLost, SwarmError
 from swarmpy.plugins.gateway.errors import INTERNAL, Refusal, RequestRefused, refusal_of
 from swarmpy.plugins.gateway.guard import ClientGone, Receive, Scope, Send, wait_gone
 from swarmpy.plugins.gateway.text import StopTexts, TextCodec, TextStream
@@ -90,13 +90,20 @@ class _Reply:
         return "stop" if ended else "length"
 
     async def run(self, show: Callable[[_Piece], Awaitable[None]]) -> None:
-        """Show what each token adds, and at the end what was held back."""
+        """Show what each token adds, and at the end what was held back.
+
+        Raises:
+            StageLost: The generation was closed by somebody else before it had ended.
+            SwarmError: Whatever else it fails with.
+        """
         async for token in self.generation:
             self.token_ids.append(token.id)
             text = self._stops.push(self._text.push(token.id))
             await show(_Piece(text, self._logprobs(token)))
             if self._stops.is_found:
                 return
+        if self.generation.finish_reason is None:
+            raise StageLost("the reply was cut before its end")
         await show(_Piece(self._stops.push(self._text.finish()) + self._stops.finish()))
 
     def usage(self) -> dict[str, object]:
@@ -111,10 +118,8 @@ class _Reply:
     def details(self) -> dict[str, object]:
         """What `"swarmpy": {"details": true}` adds: ids, the report, and who computed what."""
         view = self.generation.pipeline
-        report = self.generation.report
-        measured = msgspec.to_builtins(report) if report is not None else {}
         return {
-            **measured,
+            **msgspec.to_builtins(self.generation.report),
             "pipeline": view.id,
             "model_id": view.model_id,
             "stages": msgspec.to_builtins(view.stages),
@@ -297,6 +302,7 @@ class _EventStream:
         self._turn = trio.Lock()
         self._sent_at = trio.current_time()
         self._note = "waiting"
+        self._has_ended = False
         self.has_begun = False
 
     def note(self, progress: Progress) -> None:
@@ -313,8 +319,10 @@ class _EventStream:
         await self._write(b"data: [DONE]\n\n")
 
     async def end(self) -> None:
-        """End the response."""
-        await self._send({"type": "http.response.body", "body": b""})
+        """End the response; a comment that waits its turn meanwhile is dropped."""
+        async with self._turn:
+            self._has_ended = True
+            await self._send({"type": "http.response.body", "body": b""})
 
     async def keep_alive(self, scope: trio.CancelScope) -> None:
         """Send a comment after each silence; cancel `scope` when nobody reads it."""
@@ -328,6 +336,8 @@ class _EventStream:
 
     async def _write(self, data: bytes) -> None:
         async with self._turn:
+            if self._has_ended:
+                return
             if not self.has_begun:
                 self.has_begun = True
                 await self._send(
