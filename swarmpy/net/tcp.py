@@ -1,6 +1,7 @@
 """TCP as a `Network`: sockets shaped as byte streams, and the border that maps socket errors.
 
-Reading and writing are plain non-blocking calls; trio only waits. Spec: protocols/multistream.md, 1-2.
+Reading and writing are plain non-blocking calls; trio only waits.
+Spec: protocols/multistream.md, sections 1-2.
 """
 
 from __future__ import annotations

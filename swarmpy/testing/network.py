@@ -64,7 +64,7 @@ class SimNetwork:
         return _SimView(self, host)
 
     def set_link(self, source: str, target: str, link: Link) -> None:
-        """Set one direction between two machines from now on; what is on its way stays as it was."""
+        """Set one direction between two machines from now on; what is on its way is not touched."""
         self._links[source, target] = link
 
     def link(self, source: str, target: str) -> Link:
