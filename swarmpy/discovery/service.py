@@ -271,9 +271,10 @@ class Discovery:
     # Running -------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Listen to the sources and keep members connected, until cancelled."""
+        """Listen to the sources and keep members connected, until cancelled or the host closes."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_connections, self._host.connection_events())
+            events = self._host.connection_events()
+            nursery.start_soon(self._watch_connections, events, nursery.cancel_scope)
             nursery.start_soon(self._gossip.run)
             for source in self._sources:
                 nursery.start_soon(source.run, self.see)
@@ -284,11 +285,14 @@ class Discovery:
                     nursery.start_soon(self._work.popleft())
                 await more.wait()
 
-    async def _watch_connections(self, events: AsyncIterator[ConnectionEvent]) -> None:
+    async def _watch_connections(
+        self, events: AsyncIterator[ConnectionEvent], running: trio.CancelScope
+    ) -> None:
         for connection in self._host.connections:
             self._connection_changed(connection.peer)
         async for event in events:
             self._connection_changed(event.connection.peer)
+        running.cancel()  # the host closed: nothing is left to dial with
 
     def _connection_changed(self, peer: PeerId) -> None:
         is_connected = self._host.connection_to(peer) is not None

@@ -259,6 +259,22 @@ async def test_a_peer_that_is_no_member_any_more_is_forgotten(
             assert view.state == "visible"
 
 
+async def test_discovery_ends_with_its_host(autojump_clock: MockClock, tmp_path: Path) -> None:
+    """Goal: a host that closes under a running node loses its members and is not dialled with."""
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
+    ):
+        await join(bob, ann)
+
+        bob.host.close()
+        await until(lambda: not ann.membership.members())
+        await trio.sleep(10)
+
+        assert bob.membership.members() == []
+
+
 async def test_a_stranger_that_nobody_speaks_of_any_more_is_not_listed(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:

@@ -151,11 +151,11 @@ class TextStream:
 
 
 class StopTexts:
-    """Finds the first stop text in a reply that comes in pieces."""
+    """Finds the stop text that is complete first, however a reply is cut into pieces."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         """Args: stops: The texts that end the reply, none of them empty."""
-        self._pattern = re.compile("|".join(map(re.escape, stops))) if stops else None
+        self._stops = tuple(stops)
         self._starts = {stop[:size] for stop in stops for size in range(1, len(stop))}
         self._longest = max(map(len, stops), default=1)
         self._held = ""
@@ -164,15 +164,15 @@ class StopTexts:
 
     def push(self, text: str) -> str:
         """Return what can be shown by now: all that cannot be the beginning of a stop text."""
-        if self._pattern is None:
+        if not self._stops:
             return text
         if self.is_found:
             return ""
         text = self._held + text
-        found = self._pattern.search(text)
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self.is_found, self._held = True, ""
-            return text[: found.start()]
+            return text[: min(found)[1]]
         held = next(
             (
                 size
