@@ -168,11 +168,6 @@ class NativeConnection(Connection):
         """Streams open now, in either direction."""
         return self._yamux.stream_count
 
-    @property
-    def unread_bytes(self) -> int:
-        """Bytes received and not yet read by anybody, over all streams."""
-        return self._yamux.unread_bytes
-
     def open_stream(self, protocol: ProtocolId, priority: Priority) -> NativeStream:
         """Open a stream; nothing is sent until its first bytes are.
 
