@@ -1,8 +1,8 @@
-"""The engine's child process: `python -m swarmpy.pipeline.engine_child ENGINE FD PARENT_PID`.
+"""The engine's child process: `python -m swarmpy.pipeline.engine_child ENGINE FD BEAT_FD PARENT`.
 
-One thread runs the engine (MLX streams belong to a thread); a second one reads the pipe, answers
-heartbeats and ends the process when the pipe does. It has no identity, no sockets but the pipe, and
-a folder of its own. Spec: protocols/engine.md.
+One thread reads requests and runs the engine (MLX streams belong to a thread); a second one answers
+heartbeats and ends the process when its parent is gone. It has no identity, no sockets but these
+two, and a folder of its own. Spec: protocols/engine.md.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
-import queue
 import resource
 import shutil
 import signal
 import socket
 import sys
 import threading
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
@@ -50,16 +50,20 @@ _PR_SET_PDEATHSIG = 1
 
 def main(arguments: Sequence[str]) -> int:
     """Serve one parent until its end of the pipe is closed; return the exit code."""
-    engine_name, descriptor, parent_pid = arguments
+    engine_name, descriptor, beat_descriptor, parent_pid = arguments
     die_with_parent(int(parent_pid))
     # A core dump would hold prompts.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pipe = Pipe(socket.socket(fileno=int(descriptor)))
-    threading.Thread(target=pipe.read_until_end, name="pipe", daemon=True).start()
+    is_done = threading.Event()
+    beat = socket.socket(fileno=int(beat_descriptor))
+    threading.Thread(target=answer_beats, args=(beat, is_done), name="beat", daemon=True).start()
     try:
         Worker(engine_class(engine_name)(), pipe).serve()
+    except (BadMessage, FrameTooLarge) as error:
+        print(f"the node broke the protocol: {error}", file=sys.stderr)
     finally:
-        pipe.is_done.set()
+        is_done.set()
         shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
     return 0
 
@@ -72,65 +76,66 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(1)  # It ended before we asked.
 
 
+def answer_beats(beat: socket.socket, is_done: threading.Event) -> None:
+    """Answer each byte with itself, also while the engine computes; end with the parent.
+
+    Args:
+        is_done: Set by the engine's thread when it will return by itself.
+    """
+    beat.setblocking(True)
+    try:
+        while data := beat.recv(64):
+            beat.send(data)
+    except OSError:
+        pass
+    if not is_done.wait(EXIT_GRACE_S):
+        # Computing: nobody is left to want the result.
+        shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+        os._exit(0)
+
+
 class Pipe:
-    """This process's end of the socket pair; both threads may send."""
+    """This process's end of the socket pair."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.is_done = threading.Event()
-        """Set by the engine's thread when it will return by itself."""
         self._socket = connection
         self._socket.setblocking(True)
-        self._sending = threading.Lock()
-        self._requests: queue.SimpleQueue[tuple[messages.Request, memoryview] | None]
-        self._requests = queue.SimpleQueue()
+        self._reader = messages.FrameReader()
+        self._frames: deque[messages.Frame] = deque()
 
     def next_request(self) -> tuple[messages.Request, memoryview] | None:
-        """Wait for the next request but pings; None once the pipe has ended."""
-        return self._requests.get()
+        """Wait for the next request; None once the pipe has ended.
+
+        Raises:
+            BadMessage, FrameTooLarge: The node broke the protocol.
+        """
+        while not self._frames:
+            try:
+                count = self._socket.recv_into(self._reader.wanted)
+            except OSError:
+                return None
+            if not count:
+                return None
+            self._frames.extend(self._reader.received(count))
+        head, payload = self._frames.popleft()
+        return messages.decode_request(head), payload
 
     def send(self, reply: messages.Reply, tensors: Sequence[Tensor] = ()) -> None:
-        """Send one frame. A closed pipe is no error here: the reading thread ends the process."""
+        """Send one frame. A closed pipe is no error here: the next read finds it closed."""
         buffers = [
             memoryview(buffer).cast("B")
             for buffer in messages.encode_frame(reply, tensors)
             if len(buffer)
         ]
-        with self._sending:
-            try:
-                while buffers:
-                    sent = self._socket.sendmsg(buffers[:16])
-                    while buffers and sent >= len(buffers[0]):
-                        sent -= len(buffers.pop(0))
-                    if buffers:
-                        buffers[0] = buffers[0][sent:]
-            except OSError:
-                return
-
-    def read_until_end(self) -> None:
-        """Read frames until the parent closes the pipe or breaks the protocol; then end all."""
         try:
-            self._read_frames()
-        except (BadMessage, FrameTooLarge) as error:
-            print(f"the node broke the protocol: {error}", file=sys.stderr)
+            while buffers:
+                sent = self._socket.sendmsg(buffers[:16])
+                while buffers and sent >= len(buffers[0]):
+                    sent -= len(buffers.pop(0))
+                if buffers:
+                    buffers[0] = buffers[0][sent:]
         except OSError:
-            pass
-        self._requests.put(None)
-        if not self.is_done.wait(EXIT_GRACE_S):
-            # Computing: nobody is left to want the result.
-            shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
-            os._exit(0)
-
-    def _read_frames(self) -> None:
-        reader = messages.FrameReader()
-        while count := self._socket.recv_into(reader.wanted):
-            frame = reader.received(count)
-            if frame is None:
-                continue
-            request = messages.decode_request(frame[0])
-            if isinstance(request, messages.Ping):
-                self.send(messages.Pong(id=request.id))
-            else:
-                self._requests.put((request, frame[1]))
+            return
 
 
 class Worker:

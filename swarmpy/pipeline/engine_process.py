@@ -16,6 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import trio
 
@@ -82,6 +83,7 @@ class EngineProcess:
             undo.pop_all()
         self._stderr_tail = bytearray()
         self._reader = messages.FrameReader()
+        self._frames: deque[messages.Frame] = deque()
         self._unsent: deque[memoryview] = deque()
         self._requests = trio.Lock()
         self._next_id = 1
@@ -99,14 +101,18 @@ class EngineProcess:
         folder = self._lock_file.scratch.absolute()
         self._socket, remote = socket.socketpair()
         undo.callback(self._socket.close)
+        self._beat, remote_beat = socket.socketpair()
+        undo.callback(self._beat.close)
         for end in (self._socket, remote):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
         self._socket.setblocking(False)
+        self._beat.setblocking(False)
         self._stderr, stderr_write = os.pipe()
         undo.callback(os.close, self._stderr)
         command = [sys.executable, "-P", "-s", "-X", "faulthandler"]
         command += ["-m", "swarmpy.pipeline.engine_child", engine_name]
-        command += [str(remote.fileno()), str(os.getpid())]
+        inherited = (remote.fileno(), remote_beat.fileno())
+        command += [*map(str, inherited), str(os.getpid())]
         try:
             # Not through trio: it spawns in a worker thread, and the kernel sends the signal that
             # ends a child with its parent when the spawning *thread* ends.
@@ -117,11 +123,12 @@ class EngineProcess:
                 stderr=stderr_write,
                 cwd=folder,
                 env=child_environment(folder, threads=threads),
-                pass_fds=(remote.fileno(), self._lock_file.descriptor),
+                pass_fds=(*inherited, self._lock_file.descriptor),
                 start_new_session=True,
             )
         finally:
             remote.close()
+            remote_beat.close()
             os.close(stderr_write)
             self._lock_file.hand_over()
 
@@ -171,7 +178,12 @@ class EngineProcess:
             FrameTooLarge: The request is beyond its bounds; nothing was sent.
         """
         buffers = messages.encode_frame(request, tensors)
-        async with self._requests:
+        # The lock's own way in costs a turn of the scheduler, which a free lock can do without.
+        try:
+            self._requests.acquire_nowait()
+        except trio.WouldBlock:
+            await self._requests.acquire()
+        try:
             await self._check_alive()
             deadline = trio.current_time() + timeout_s
             self._pings_open = 0
@@ -183,12 +195,14 @@ class EngineProcess:
                 # The caller's buffers may change once we return.
                 self._unsent = deque(memoryview(bytes(buffer)) for buffer in self._unsent)
                 raise
+        finally:
+            self._requests.release()
 
     async def _check_alive(self) -> None:
         if not self.is_alive:
             await self._raise_lost("the engine child has ended")
 
-    async def _raise_lost(self, reason: str) -> None:
+    async def _raise_lost(self, reason: str) -> NoReturn:
         """End the child for `reason` and raise it with the child's last words."""
         self.kill(reason)
         await self._ended.wait()
@@ -218,9 +232,7 @@ class EngineProcess:
     ) -> tuple[messages.Reply, memoryview]:
         while True:
             reply, payload = await self._receive(deadline)
-            if isinstance(reply, messages.Pong):
-                self._pings_open = 0
-            elif reply.id > request_id:
+            if reply.id > request_id:
                 await self._raise_lost(f"the engine child answered request {reply.id} of none")
             elif reply.id == request_id:
                 if not isinstance(reply, messages.Progressed):
@@ -230,20 +242,23 @@ class EngineProcess:
 
     async def _receive(self, deadline: float) -> tuple[messages.Reply, memoryview]:
         """Wait for the next frame, whoever it answers."""
-        while True:
-            try:
-                count = self._socket.recv_into(self._reader.wanted)
+        try:
+            while not self._frames:
+                # Wait first: a reply is never there already.
+                await self._wait(trio.lowlevel.wait_readable, deadline)
+                try:
+                    count = self._socket.recv_into(self._reader.wanted)
+                except BlockingIOError:
+                    continue
                 if count == 0:
                     await self._raise_lost("the engine child ended")
-                frame = self._reader.received(count)
-                if frame is not None:
-                    return messages.decode_reply(frame[0]), frame[1]
-            except BlockingIOError:
-                await self._wait(trio.lowlevel.wait_readable, deadline)
-            except (BadMessage, FrameTooLarge) as error:
-                await self._raise_lost(f"the engine child broke the protocol: {error}")
-            except ConnectionError:
-                await self._raise_lost("the engine child ended")
+                self._frames.extend(self._reader.received(count))
+            head, payload = self._frames.popleft()
+            return messages.decode_reply(head), payload
+        except (BadMessage, FrameTooLarge) as error:
+            await self._raise_lost(f"the engine child broke the protocol: {error}")
+        except ConnectionError:
+            await self._raise_lost("the engine child ended")
 
     async def _wait(self, wait_ready: Callable[..., object], deadline: float) -> None:
         """Wait for the socket; ping a silent child, and give up on a frozen or late one."""
@@ -252,16 +267,18 @@ class EngineProcess:
             return
         if trio.current_time() >= deadline:
             await self._raise_lost("the engine child did not answer before the deadline")
+        try:
+            if self._beat.recv(64):
+                self._pings_open = 0
+        except OSError:
+            pass  # No answer yet, or the child is gone, which its pipe will tell.
         if self._pings_open >= HEARTBEATS_MISSED_MAX:
             await self._raise_lost(
                 f"the engine child is frozen: {self._pings_open} pings unanswered"
             )
         self._pings_open += 1
-        if not self._unsent:
-            # A half-sent frame is itself a question: the child's reader thread takes it at once.
-            ping = messages.encode_frame(messages.Ping(id=0))
-            self._unsent.extend(memoryview(buffer) for buffer in ping)
-            await self._flush(deadline)
+        with contextlib.suppress(OSError):
+            self._beat.send(b"?")
 
     # End --------------------------------------------------------------------
 
@@ -276,8 +293,9 @@ class EngineProcess:
         self._is_expected_to_end = True
         self._reason = self._reason or "closed"
         if not self._ended.is_set():
-            with contextlib.suppress(OSError):  # It has ended on its own.
-                self._socket.shutdown(socket.SHUT_RDWR)
+            for end in (self._socket, self._beat):
+                with contextlib.suppress(OSError):  # It has ended on its own.
+                    end.shutdown(socket.SHUT_RDWR)
             self.idle_scope.deadline = trio.current_time() + EXIT_GRACE_S
 
     async def watch(self) -> None:
@@ -308,6 +326,7 @@ class EngineProcess:
         self._reason = self._describe_end()
         trio.lowlevel.notify_closing(self._socket)
         self._socket.close()
+        self._beat.close()
         await trio.to_thread.run_sync(self._lock_file.remove)
         self._ended.set()
         if self.crashed is not None and not self._is_expected_to_end:

@@ -32,6 +32,12 @@ STATE_TENSORS_MAX = 4 * LAYERS_MAX
 PREFIX = struct.Struct("<II")
 """Bytes of the message and bytes of the tensors behind it."""
 
+SCRATCH_BYTES = 64 * 1024
+"""Frames up to this are read in one go; a decode step's have 3 KB, a prefill chunk's 150 KB."""
+
+Frame = tuple[memoryview, memoryview]
+"""A message's bytes, and those of the tensors behind it."""
+
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Index = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
@@ -147,12 +153,6 @@ class Unload(msgspec.Struct, frozen=True, tag="unload"):
     id: Count
 
 
-class Ping(msgspec.Struct, frozen=True, tag="ping"):
-    """Node to child: are you frozen? Answered at once, also while the engine computes: `Pong`."""
-
-    id: Count
-
-
 class Inspected(msgspec.Struct, frozen=True, tag="inspected"):
     """Child to node: `swarmpy.abc.Inspection`, field by field."""
 
@@ -239,18 +239,10 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     message: Text
 
 
-class Pong(msgspec.Struct, frozen=True, tag="pong"):
-    """Child to node: not frozen."""
-
-    id: Count
-
-
-Request = (
-    Inspect | Load | Step | Truncate | Snapshot | Restore | Export | Import | Free | Unload | Ping
-)
+Request = Inspect | Load | Step | Truncate | Snapshot | Restore | Export | Import | Free | Unload
 """What a node sends."""
 
-Reply = Inspected | Progressed | Loaded | Stepped | Snapshotted | Exported | Done | Failed | Pong
+Reply = Inspected | Progressed | Loaded | Stepped | Snapshotted | Exported | Done | Failed
 """What a child sends."""
 
 
@@ -307,50 +299,67 @@ def split_tensors(specs: Sequence[TensorSpec], payload: memoryview) -> list[Tens
 
 
 class FrameReader:
-    """Assembles frames from bytes as they arrive; each frame gets its own buffer, never copied.
+    """Assembles frames from bytes as they arrive.
 
-    Read into `wanted`, tell `received`, and take `next_frame` when it is there.
+    Read into `wanted`, then tell `received`. Small frames are read in one go with their lengths and
+    copied once; a large one gets its own buffer, which is read into.
     """
 
     def __init__(self) -> None:
-        self._prefix = bytearray(PREFIX.size)
-        self._head_bytes = 0
-        self._restart()
-
-    def _restart(self) -> None:
-        self._body: bytearray | None = None
-        self._buffer = memoryview(self._prefix)
+        self._scratch = memoryview(bytearray(SCRATCH_BYTES))
+        self._held = 0  # bytes of a frame's beginning in the scratch buffer
+        self._body: memoryview | None = None  # of a large frame under way
         self._filled = 0
+        self._head_bytes = 0
 
     @property
     def wanted(self) -> memoryview:
         """Where the next bytes go; never empty."""
-        return self._buffer[self._filled :]
+        if self._body is not None:
+            return self._body[self._filled :]
+        return self._scratch[self._held :]
 
-    def received(self, count: int) -> tuple[memoryview, memoryview] | None:
+    def received(self, count: int) -> list[Frame]:
         """Tell that `count` bytes were read into `wanted`.
 
         Returns:
-            A frame's message and payload once it is complete, else None.
+            The frames that are complete now: message and payload of each.
 
         Raises:
-            FrameTooLarge: The prefix announces more than the bounds.
-            BadMessage: The prefix announces an empty message.
+            FrameTooLarge: A prefix announces more than the bounds.
+            BadMessage: A prefix announces an empty message.
         """
-        self._filled += count
-        if self._filled < len(self._buffer):
-            return None
-        if self._body is None:
-            self._head_bytes, size = PREFIX.unpack(self._prefix)
-            _check_sizes(self._head_bytes, size)
-            self._body = bytearray(self._head_bytes + size)
-            self._buffer = memoryview(self._body)
-            self._filled = 0
-            return None
-        whole = memoryview(self._body).toreadonly()
-        head_bytes = self._head_bytes
-        self._restart()
-        return whole[:head_bytes], whole[head_bytes:]
+        if self._body is not None:
+            self._filled += count
+            if self._filled < len(self._body):
+                return []
+            whole, self._body = self._body.toreadonly(), None
+            return [(whole[: self._head_bytes], whole[self._head_bytes :])]
+        frames: list[Frame] = []
+        start, end = 0, self._held + count
+        while end - start >= PREFIX.size:
+            head_bytes, payload_bytes = PREFIX.unpack_from(self._scratch, start)
+            _check_sizes(head_bytes, payload_bytes)
+            body = start + PREFIX.size
+            following = body + head_bytes + payload_bytes
+            if following > end:
+                if following - start > SCRATCH_BYTES:
+                    self._begin_large(head_bytes, payload_bytes, self._scratch[body:end])
+                    start = end
+                break
+            whole = memoryview(bytes(self._scratch[body:following]))
+            frames.append((whole[:head_bytes], whole[head_bytes:]))
+            start = following
+        if start:
+            self._scratch[: end - start] = bytes(self._scratch[start:end])
+        self._held = end - start
+        return frames
+
+    def _begin_large(self, head_bytes: int, payload_bytes: int, begun: memoryview) -> None:
+        self._head_bytes = head_bytes
+        self._body = memoryview(bytearray(head_bytes + payload_bytes))
+        self._filled = len(begun)
+        self._body[: len(begun)] = begun
 
 
 def _check_sizes(head_bytes: int, payload_bytes: int) -> None:

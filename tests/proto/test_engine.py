@@ -11,17 +11,16 @@ from swarmpy.proto import engine, wire
 from swarmpy.proto.tensor import Tensor, TensorSpec
 
 
-def read_frames(data: bytes) -> list[tuple[bytes, bytes]]:
-    """Read frames as they would come in over a pipe."""
+def read_frames(data: bytes, piece_bytes: int = 1 << 30) -> list[tuple[bytes, bytes]]:
+    """Read frames as they would come in over a pipe, at most `piece_bytes` at a time."""
     reader = engine.FrameReader()
     frames = []
     rest = memoryview(data)
     while rest:
-        count = min(len(reader.wanted), len(rest))
+        count = min(len(reader.wanted), len(rest), piece_bytes)
         reader.wanted[:count] = rest[:count]
         rest = rest[count:]
-        if (frame := reader.received(count)) is not None:
-            frames.append((bytes(frame[0]), bytes(frame[1])))
+        frames += [(bytes(head), bytes(payload)) for head, payload in reader.received(count)]
     return frames
 
 
@@ -42,21 +41,36 @@ def test_a_step_survives_the_pipe() -> None:
 
 
 def test_frames_behind_each_other_are_told_apart() -> None:
-    pings = [engine.Ping(id=number) for number in range(3)]
+    frees = [engine.Free(id=number, slot=0) for number in range(3)]
 
-    frames = read_frames(b"".join(joined(ping, []) for ping in pings))
+    frames = read_frames(b"".join(joined(free, []) for free in frees))
 
-    assert [engine.decode_request(memoryview(head)) for head, _ in frames] == pings
+    assert [engine.decode_request(memoryview(head)) for head, _ in frames] == frees
+
+
+@given(
+    st.lists(st.sampled_from([0, 1, 5000, engine.SCRATCH_BYTES, 200_000]), max_size=6),
+    st.integers(1, 2 * engine.SCRATCH_BYTES),
+)
+def test_any_frames_in_pieces_of_any_size_come_out_whole(sizes: list[int], piece: int) -> None:
+    piece = max(piece, sum(sizes) // 1000)
+    done = engine.Done(id=1)
+    payloads = [bytes([index + 1]) * size for index, size in enumerate(sizes)]
+    data = b"".join(
+        joined(done, [Tensor("uint8", (len(payload),), payload)]) for payload in payloads
+    )
+
+    assert read_frames(data, piece) == [(wire.encode(done), payload) for payload in payloads]
 
 
 def test_a_reply_is_no_request() -> None:
     with pytest.raises(BadMessage):
-        engine.decode_request(memoryview(wire.encode(engine.Pong(id=1))))
+        engine.decode_request(memoryview(wire.encode(engine.Done(id=1))))
 
 
 def test_a_request_is_no_reply() -> None:
     with pytest.raises(BadMessage):
-        engine.decode_reply(memoryview(wire.encode(engine.Ping(id=1))))
+        engine.decode_reply(memoryview(wire.encode(engine.Free(id=1, slot=0))))
 
 
 @pytest.mark.parametrize(
