@@ -14,6 +14,7 @@ from swarmpy.errors import BadMessage, BadSignature, RemoteProtocolError
 from swarmpy.identity import PUBLIC_KEY_PROTOBUF_PREFIX, Identity, PeerId, peer_id_bytes
 from swarmpy.proto import multiaddr, protobuf
 from swarmpy.proto.envelope import open_envelope, seal
+from swarmpy.proto.wire import printable
 
 PROTOCOL = "/ipfs/id/1.0.0"
 PUSH_PROTOCOL = "/ipfs/id/push/1.0.0"
@@ -119,18 +120,15 @@ def decode(data: bytes, *, peer: PeerId) -> IdentifyInfo:
         seq, addresses = open_peer_record(record, peer=peer)
     observed = _known_addresses([protobuf.bytes_field(fields, 4)])
     return IdentifyInfo(
-        agent=_printable(protobuf.text_field(fields, 6)),
-        version=_printable(protobuf.text_field(fields, 5)),
-        protocols=tuple(_printable(item.decode("utf-8", "replace")) for item in protocols),
+        agent=printable(protobuf.text_field(fields, 6)[:TEXT_MAX]),
+        version=printable(protobuf.text_field(fields, 5)[:TEXT_MAX]),
+        protocols=tuple(
+            printable(item.decode("utf-8", "replace")[:TEXT_MAX]) for item in protocols
+        ),
         addresses=addresses,
         observed_address=observed[0] if observed else "",
         record_seq=seq,
     )
-
-
-def _printable(text: str) -> str:
-    """Return the part of a peer's text that a terminal can be shown."""
-    return "".join(character for character in text[:TEXT_MAX] if character.isprintable())
 
 
 def _known_addresses(binary: Sequence[bytes]) -> tuple[str, ...]:

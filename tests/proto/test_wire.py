@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import msgspec
@@ -31,6 +32,36 @@ def test_message_survives_the_wire() -> None:
     message = Example("name", (1.0, 2.5))
 
     assert decode(encode(message), Example) == message
+
+
+class Nested(msgspec.Struct, frozen=True):
+    """A message with floats at every place a float can hide, and fields without any."""
+
+    count: int = 0
+    inner: Example = Example("inner")
+    by_name: Annotated[dict[str, Example], msgspec.Meta(max_length=4)] = {}
+    pairs: Annotated[tuple[tuple[int, float], ...], msgspec.Meta(max_length=4)] = ()
+    maybe: float | None = None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Nested(inner=Example("x", (math.inf,))),
+        Nested(by_name={"a": Example("x", (math.nan,))}),
+        Nested(pairs=((1, math.nan),)),
+        Nested(maybe=-math.inf),
+    ],
+)
+def test_number_that_is_not_finite_is_found_wherever_it_hides(message: Nested) -> None:
+    with pytest.raises(BadMessage, match="NaN or infinite"):
+        decode(encode(message), Nested)
+
+
+def test_nested_message_with_finite_numbers_survives() -> None:
+    message = Nested(3, Example("x", (1.0,)), {"a": Example("y")}, ((1, 2.0),), 0.5)
+
+    assert decode(encode(message), Nested) == message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
