@@ -8,13 +8,14 @@ Spec: protocols/engine.md.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +32,9 @@ HEARTBEAT_S = 5.0
 HEARTBEATS_MISSED_MAX = 3
 """Pings in a row without an answer before the child counts as frozen: 15 to 20 seconds, since one
 native call may hold the interpreter for several on a loaded machine."""
+
+WATCH_S = 1.0
+"""How often a request under way is looked at; its deadline is kept to this grain."""
 
 STDERR_BYTES_MAX = 4096
 """The last of a child's error output that is kept, for the error message."""
@@ -88,6 +92,8 @@ class EngineProcess:
         self._requests = trio.Lock()
         self._next_id = 1
         self._pings_open = 0
+        self._heard_s = 0.0
+        self._deadline_s = math.inf
         self._is_expected_to_end = False
         self._reason = ""
         self._ended = trio.Event()
@@ -185,17 +191,19 @@ class EngineProcess:
             await self._requests.acquire()
         try:
             await self._check_alive()
-            deadline = trio.current_time() + timeout_s
+            self._heard_s = trio.current_time()
+            self._deadline_s = self._heard_s + timeout_s
             self._pings_open = 0
             self._unsent.extend(memoryview(buffer).cast("B") for buffer in buffers if len(buffer))
             try:
-                await self._flush(deadline)
-                return await self._receive_reply(request.id, deadline, progressed)
+                await self._flush()
+                return await self._receive_reply(request.id, progressed)
             except trio.Cancelled:
                 # The caller's buffers may change once we return.
                 self._unsent = deque(memoryview(bytes(buffer)) for buffer in self._unsent)
                 raise
         finally:
+            self._deadline_s = math.inf
             self._requests.release()
 
     async def _check_alive(self) -> None:
@@ -208,16 +216,15 @@ class EngineProcess:
         await self._ended.wait()
         raise EngineLost(self._reason)
 
-    async def _flush(self, deadline: float) -> None:
+    async def _flush(self) -> None:
         while self._unsent:
             try:
                 sent = self._socket.sendmsg(list(self._unsent)[:16])
             except BlockingIOError:
-                await self._wait(trio.lowlevel.wait_writable, deadline)
+                await self._wait(trio.lowlevel.wait_writable)
                 continue
             except OSError:
                 await self._raise_lost("the engine child closed its pipe")
-                return
             while sent:
                 if sent < len(self._unsent[0]):
                     self._unsent[0] = self._unsent[0][sent:]
@@ -227,11 +234,10 @@ class EngineProcess:
     async def _receive_reply(
         self,
         request_id: int,
-        deadline: float,
         progressed: Callable[[messages.Progressed], None] | None,
     ) -> tuple[messages.Reply, memoryview]:
         while True:
-            reply, payload = await self._receive(deadline)
+            reply, payload = await self._receive()
             if reply.id > request_id:
                 await self._raise_lost(f"the engine child answered request {reply.id} of none")
             elif reply.id == request_id:
@@ -240,12 +246,12 @@ class EngineProcess:
                 if progressed is not None:
                     progressed(reply)
 
-    async def _receive(self, deadline: float) -> tuple[messages.Reply, memoryview]:
+    async def _receive(self) -> tuple[messages.Reply, memoryview]:
         """Wait for the next frame, whoever it answers."""
         try:
             while not self._frames:
                 # Wait first: a reply is never there already.
-                await self._wait(trio.lowlevel.wait_readable, deadline)
+                await self._wait(trio.lowlevel.wait_readable)
                 try:
                     count = self._socket.recv_into(self._reader.wanted)
                 except BlockingIOError:
@@ -260,22 +266,38 @@ class EngineProcess:
         except ConnectionError:
             await self._raise_lost("the engine child ended")
 
-    async def _wait(self, wait_ready: Callable[..., object], deadline: float) -> None:
-        """Wait for the socket; ping a silent child, and give up on a frozen or late one."""
-        with trio.move_on_at(min(deadline, trio.current_time() + HEARTBEAT_S)):
-            await wait_ready(self._socket)  # type: ignore[misc]
-            return
-        if trio.current_time() >= deadline:
-            await self._raise_lost("the engine child did not answer before the deadline")
+    async def _wait(self, wait_ready: Callable[[socket.socket], Awaitable[None]]) -> None:
+        """Wait for the socket. `_keep_watch` ends a child that makes this wait too long."""
+        try:
+            await wait_ready(self._socket)
+        except trio.ClosedResourceError:
+            await self._raise_lost("the engine child ended")
+
+    # Keeping watch ----------------------------------------------------------
+
+    async def _keep_watch(self) -> None:
+        """Give up on a child that is late with its answer, or frozen.
+
+        Beside the requests, not around each: two cancel scopes were a tenth of a decode step's
+        Python calls.
+        """
+        while True:
+            await trio.sleep(min(HEARTBEAT_S, WATCH_S))
+            now_s = trio.current_time()
+            if now_s >= self._deadline_s:
+                self.kill("the engine child did not answer before the deadline")
+            elif self._deadline_s < math.inf and now_s - self._heard_s >= HEARTBEAT_S:
+                self._heard_s = now_s
+                self._ping()
+
+    def _ping(self) -> None:
         try:
             if self._beat.recv(64):
                 self._pings_open = 0
         except OSError:
             pass  # No answer yet, or the child is gone, which its pipe will tell.
         if self._pings_open >= HEARTBEATS_MISSED_MAX:
-            await self._raise_lost(
-                f"the engine child is frozen: {self._pings_open} pings unanswered"
-            )
+            self.kill(f"the engine child is frozen: {self._pings_open} pings unanswered")
         self._pings_open += 1
         with contextlib.suppress(OSError):
             self._beat.send(b"?")
@@ -302,10 +324,10 @@ class EngineProcess:
         """Read the child's error output until it ends, however it ends; then clean up."""
         try:
             with self.idle_scope:
-                async with trio.lowlevel.FdStream(self._stderr) as stderr:
-                    while data := await stderr.receive_some(STDERR_BYTES_MAX):
-                        self._stderr_tail += data
-                        del self._stderr_tail[:-STDERR_BYTES_MAX]
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._keep_watch)
+                    await self._read_stderr()
+                    nursery.cancel_scope.cancel()
             if self.idle_scope.cancelled_caught:
                 self.close()
         except trio.Cancelled:
@@ -314,6 +336,12 @@ class EngineProcess:
         finally:
             with trio.CancelScope(shield=True):
                 await self._clean_up()
+
+    async def _read_stderr(self) -> None:
+        async with trio.lowlevel.FdStream(self._stderr) as stderr:
+            while data := await stderr.receive_some(STDERR_BYTES_MAX):
+                self._stderr_tail += data
+                del self._stderr_tail[:-STDERR_BYTES_MAX]
 
     async def _clean_up(self) -> None:
         if self._process.poll() is None:
