@@ -90,6 +90,8 @@ STAGES_MAX = 64
 
 # Settings --------------------------------------------------------------------
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeConfig:
@@ -167,7 +169,7 @@ class Config:
         """Return a copy with `values` by section and key set.
 
         Raises:
-            ConfigError: A section or key is unknown, or a value has another type.
+            ConfigError: A section or key is unknown, or a value has another type or is out of range.
         """
         sections = {item.name: item for item in fields(self)}
         config = self
@@ -183,7 +185,9 @@ class Config:
                 if key not in types_by_key:
                     known = ", ".join(sorted(types_by_key))
                     raise ConfigError(f"{origin}: unknown key {section}.{key} (known: {known})")
-                changes[key] = _convert(value, types_by_key[key], f"{origin}: {section}.{key}")
+                where = f"{origin}: {section}.{key}"
+                changes[key] = _convert(value, types_by_key[key], where)
+                _check(changes[key], f"{section}.{key}", where)
             config = replace(config, **{section: replace(current, **changes)})
         return config
 
@@ -197,7 +201,7 @@ def load_config(
     """Read the settings of the node in `folder`.
 
     Raises:
-        ConfigError: A file, variable or flag names an unknown key or a value of another type.
+        ConfigError: A file, variable or flag names an unknown key, or a value that cannot be.
     """
     config = Config()
     path = folder / "config.toml"
@@ -251,10 +255,38 @@ def _convert(value: object, kind: object, where: str) -> object:
             items = value.split(",") if isinstance(value, str) else value
             if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
                 return tuple(item.strip() for item in items if item.strip())
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         pass
-    expected = getattr(kind, "__name__", str(kind))
-    raise ConfigError(f"{where}: expected {expected}, got {value!r}")
+    raise ConfigError(f"{where}: expected {_EXPECTED.get(kind, 'a list of texts')}, got {value!r}")
+
+
+_EXPECTED: Mapping[object, str] = {
+    bool: "true or false",
+    int: "a whole number, sizes also as 500M or 8GiB",
+    float: "a number",
+    str: "text",
+}
+
+
+def _check(value: object, name: str, where: str) -> None:
+    """Refuse a value out of its range: it would fail later, far from here, or never work."""
+    if name == "node.log_level" and value not in LOG_LEVELS:
+        raise ConfigError(f"{where}: expected {' or '.join(LOG_LEVELS)}, got {value!r}")
+    if name in _RANGES and isinstance(value, (int, float)):
+        least, most = _RANGES[name]
+        if not least <= value <= most:
+            raise ConfigError(f"{where}: expected {least} to {most}, got {value}")
+
+
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "network.redial_interval_s": (0.1, 60.0),
+    "engine.memory_bytes_max": (0, 2**53 - 1),
+    "engine.threads": (0, 4096),
+    "engine.slots": (1, 4096),
+    "engine.context": (1, 2**31),
+    "engine.step_timeout_s": (1.0, 86_400.0),
+}
+"""What messages to peers and engines can carry, and pauses that neither spin nor never end."""
 
 
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}

@@ -15,6 +15,10 @@ from pathlib import Path
 
 from swarmpy.abc import Network, WallSeconds
 
+GROUPS = Path("/sys/fs/cgroup")
+OWN_GROUP = Path("/proc/self/cgroup")
+"""Where Linux shows control groups, a container's limits among them, and which one is ours."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
@@ -36,16 +40,53 @@ def system_random() -> random.Random:
     return random.SystemRandom()
 
 
+# Memory -----------------------------------------------------------------------
+
+
 def available_memory_bytes() -> int:
-    """Return the memory this machine could give to new processes now, in bytes."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    """Return the memory that new processes could be given now, in bytes: measured, else guessed."""
+    measured = measured_memory_bytes()
+    if measured is not None:
+        return measured
     try:
         # macOS and the BSDs count no "available" memory; half of all is a fair guess.
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (ValueError, OSError, AttributeError):
         return 4 * 2**30
+
+
+def measured_memory_bytes() -> int | None:
+    """Return what the machine and this process's control groups have left, None if unknown."""
+    limits = [limit for limit in (_machine_bytes(), *_group_bytes()) if limit is not None]
+    return min(limits, default=None)
+
+
+def _machine_bytes() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return None
+    values = dict(line.split(":", 1) for line in lines)
+    return int(values["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in values else None
+
+
+def _group_bytes() -> list[int | None]:
+    """Return what is left in our control group (version 2) and in each of those around it."""
+    try:
+        name = OWN_GROUP.read_text("utf-8").rpartition("::")[2].strip()
+    except (OSError, UnicodeDecodeError):
+        return []
+    group = GROUPS / name.lstrip("/")
+    return [_left_in(item) for item in (group, *group.parents) if item.is_relative_to(GROUPS)]
+
+
+def _left_in(group: Path) -> int | None:
+    try:
+        limit = int((group / "memory.max").read_text("ascii"))
+        used = int((group / "memory.current").read_text("ascii"))
+        statistics = (group / "memory.stat").read_text("ascii")
+    except (OSError, ValueError):
+        return None  # No such group, or "max": no limit.
+    # Pages of files that were read count as used, and are given back as soon as memory is short.
+    pages = dict(line.split() for line in statistics.splitlines())
+    return max(0, limit - used + int(pages.get("inactive_file", 0)))

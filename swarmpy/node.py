@@ -87,6 +87,8 @@ class Node:
         folder = environment.folder
         self.identity = Identity.load_or_create(folder / "identity.key", environment.random)
         self.peer_id: PeerId = self.identity.peer_id
+        if not config.node.name.isprintable():
+            raise ConfigError("node.name holds characters that cannot be printed")
         self.name = config.node.name or self.peer_id[-8:]
         self.host = NativeHost(
             self.identity,
@@ -324,17 +326,11 @@ class Node:
 
         Raises:
             NotAMember: This node may not invite into its network.
-            ConfigError: The life or number of uses is out of range.
+            MembershipError: The life or number of uses is out of range, or this node listens
+                nowhere.
         """
         self.found_network()
-        created = await self.membership.create_invite(ttl_s=ttl_s, uses=uses, can_invite=can_invite)
-        return InviteCreated(
-            code=created.code,
-            words=" ".join(created.words),
-            network=created.network_name,
-            expires_wall_s=created.expires_wall_s,
-            uses=created.uses,
-        )
+        return await self.membership.create_invite(ttl_s=ttl_s, uses=uses, can_invite=can_invite)
 
     def found_network(self) -> None:
         """Make this node's own network, unless it belongs to one already."""
@@ -347,16 +343,7 @@ class Node:
         Raises:
             InviteMalformed, InviteExpired: As they say.
         """
-        shown = await self.membership.inspect_invite(code)
-        return InviteShown(
-            network=shown.network_name,
-            network_id=shown.network_id,
-            issuer=shown.issuer_name,
-            issuer_peer=shown.issuer,
-            words=" ".join(shown.words),
-            scope="; ".join(shown.scope),
-            expires_wall_s=shown.expires_wall_s,
-        )
+        return await self.membership.inspect_invite(code)
 
     async def join(self, code: str) -> Joined:
         """Redeem an invite at its issuer; on return issuer and this node serve each other.
@@ -365,16 +352,7 @@ class Node:
             MembershipError: The code is malformed, expired, used or another peer's.
             DialFailed: The issuer cannot be reached.
         """
-        started_s = trio.current_time()
-        joined = await self.membership.redeem(code)
-        words = await trio.to_thread.run_sync(words_of, joined.network_id)
-        return Joined(
-            network=joined.network_name,
-            network_id=joined.network_id,
-            issuer=joined.issuer_name,
-            words=" ".join(words),
-            seconds=trio.current_time() - started_s,
-        )
+        return await self.membership.redeem(code)
 
     async def wait_members(self, count: int) -> None:
         """Wait until `count` other members are connected and have said what they offer."""

@@ -118,9 +118,11 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InviteCreated(msgspec.Struct, frozen=True, kw_only=True):
-    """A new invite code."""
+    """A new invite. The code is a secret: anyone who holds it can join."""
 
     code: str
+    id: str
+    """Under which it is listed and revoked; says nothing of the code."""
     words: str
     network: str
     expires_wall_s: float
@@ -135,7 +137,9 @@ class InviteShown(msgspec.Struct, frozen=True, kw_only=True):
     issuer: str
     issuer_peer: str
     words: str
+    """The same four words stand on the issuer's screen."""
     scope: str
+    """Sentences: what this node will do for the members, and what it may ask of them."""
     expires_wall_s: float
 
 
@@ -146,4 +150,6 @@ class Joined(msgspec.Struct, frozen=True, kw_only=True):
     network_id: str
     issuer: str
     words: str
+    was_member: bool
+    """Whether the node was in the network already; then the code is not used up."""
     seconds: float

@@ -22,24 +22,33 @@ def open_database(path: Path, schema: str) -> sqlite3.Connection:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not path.exists():
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-        return _open(path, schema)
-    except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.OperationalError):
-            raise ConfigError(f"cannot use the database {path}: {error}") from error
-        os.replace(path, path.with_suffix(path.suffix + ".damaged"))
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-        return _open(path, schema)
+        try:
+            return _open(path, schema)
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError:
+            os.replace(path, path.with_suffix(path.suffix + ".damaged"))
+            return _open(path, schema)
+    except sqlite3.Error as error:
+        raise ConfigError(f"cannot use the database {path}: {error}") from error
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
 
 
 def _open(path: Path, schema: str) -> sqlite3.Connection:
+    """Open a database and look at all of it: ours are small, and damage is to be found here."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
     connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.executescript(schema)
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.executescript(schema)
+        (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if state != "ok":
+            raise sqlite3.DatabaseError(state)
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 

@@ -8,6 +8,7 @@ import click
 import msgspec
 
 from swarmpy_cli.client import NodeClient, NodeError, connect
+from swarmpy_cli.console import print_error, print_reply, without_controls
 from swarmpy_cli.context import Settings, json_option, print_json
 from swarmpy_cli.models import served_choice
 from swarmpy_cli.replies import Question, Reply, stream_reply
@@ -38,7 +39,7 @@ def chat(
     during a reply ends that reply; at the prompt it ends the conversation.
     """
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip()
+        prompt = _read_prompt()
     if prompt is None and is_json:
         raise click.UsageError("--json needs a PROMPT")
     if prompt == "":
@@ -54,9 +55,13 @@ def chat(
             return
         messages.append({"role": "user", "content": prompt})
         reply = Reply()
-        for piece in stream_reply(node, question.body(messages), reply, _show_waiting):
-            if not is_json:
-                click.echo(piece, nl=False)
+        try:
+            for piece in stream_reply(node, question.body(messages), reply, _show_note):
+                if not is_json:
+                    print_reply(piece)
+        finally:
+            if reply.text and not is_json:
+                click.echo()  # An error stands on a line of its own.
         if is_json:
             print_json(
                 {
@@ -67,7 +72,14 @@ def chat(
                 }
             )
         else:
-            _end_reply(reply)
+            _show_cut(reply, question)
+
+
+def _read_prompt() -> str:
+    try:
+        return sys.stdin.read().strip()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"the prompt is no text: {error}") from error
 
 
 def _chosen_model(node: NodeClient) -> str:
@@ -88,17 +100,17 @@ def _converse(node: NodeClient, question: Question, messages: list[dict[str, str
         messages.append({"role": "user", "content": line})
         reply = Reply()
         try:
-            for piece in stream_reply(node, question.body(messages), reply, _show_waiting):
-                click.echo(piece, nl=False)
-            _end_reply(reply)
+            for piece in stream_reply(node, question.body(messages), reply, _show_note):
+                print_reply(piece)
+            click.echo()
+            _show_cut(reply, question)
             messages.append({"role": "assistant", "content": reply.text})
         except KeyboardInterrupt:
             click.echo("\n(cancelled)", err=True)
             messages.pop()
         except NodeError as error:
-            click.echo(
-                f"\nerror: {error}" + (f"\n  fix: {error.fix}" if error.fix else ""), err=True
-            )
+            click.echo(err=True)
+            print_error(error)
             messages.pop()
 
 
@@ -110,11 +122,11 @@ def _next_line() -> str | None:
         return None
 
 
-def _end_reply(reply: Reply) -> None:
-    click.echo()
+def _show_cut(reply: Reply, question: Question) -> None:
     if reply.finish_reason == "length":
-        click.echo(click.style("(cut at --max-tokens)", dim=True), err=True)
+        is_asked = "max_tokens" in question.sampling
+        _show_note("cut at --max-tokens" if is_asked else "cut: the context is full")
 
 
-def _show_waiting(text: str) -> None:
-    click.echo(click.style(f"({text})", dim=True), err=True)
+def _show_note(text: str) -> None:
+    click.echo(click.style(f"({without_controls(text)})", dim=True), err=True)

@@ -168,6 +168,12 @@ class NodeClient:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise NoNodeRunning(f"no node is running in {self._place}") from error
+        except UnicodeEncodeError as error:
+            raise NodeError(
+                "the command line or the input holds bytes that are no text",
+                code="invalid_value",
+                fix="Write it in UTF-8.",
+            ) from error
         except httpx.HTTPError as error:
             raise NetworkError(
                 f"the node at {self._place} stopped answering ({type(error).__name__})",

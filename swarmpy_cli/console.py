@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
+from swarmpy.errors import SwarmError
+
 if TYPE_CHECKING:
     from rich.progress import Progress as ProgressBars
     from rich.progress import TaskID
@@ -52,6 +54,30 @@ def show_progress(done: int, total: int, unit: str) -> str:
     return f"{done} of {total} {unit}" if total else f"{done} {unit}"
 
 
+_CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
+
+
+def without_controls(text: str) -> str:
+    """Return a text that others chose without what a terminal takes for commands.
+
+    A model, or whoever computes its last layers, chooses every character of a reply, and a peer
+    those of its errors.
+    """
+    return text.translate(_CONTROLS)
+
+
+def print_reply(text: str) -> None:
+    """Print a piece of a reply: as it is, but for what a terminal would take for commands."""
+    click.echo(without_controls(text) if sys.stdout.isatty() else text, nl=False)
+
+
+def print_error(error: SwarmError) -> None:
+    """Print what went wrong and what to do about it on standard error."""
+    click.echo(click.style("error: ", fg="red") + without_controls(str(error)), err=True)
+    if error.fix:
+        click.echo(click.style("  fix: ", fg="cyan") + without_controls(error.fix), err=True)
+
+
 def silence(stream: TextIO) -> None:
     """Let what is written to a stream go nowhere, once the reader of its pipe has gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -80,6 +106,7 @@ class Step:
 
     def progress(self, text: str, done: int = 0, total: int = 0, unit: str = "") -> None:
         """Show that the step is at `text`, `done` of `total` (0: not known)."""
+        text = without_controls(text)
         shown = f"{text} {show_progress(done, total, unit)}" if done or total else text
         if self._bars is not None and self._task is not None:
             self._bars.update(

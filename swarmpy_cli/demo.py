@@ -19,7 +19,7 @@ from swarmpy.config import EngineConfig
 from swarmpy.errors import ExtensionNotFound, PeerTimeout, SwarmError
 from swarmpy.status import InviteCreated, Joined, PeerStatus, PipelineView
 from swarmpy_cli.client import connect_endpoint
-from swarmpy_cli.console import Step, Steps, show_bytes, show_seconds
+from swarmpy_cli.console import Step, Steps, print_reply, show_bytes, show_seconds
 from swarmpy_cli.context import Settings, json_option, print_json
 from swarmpy_cli.demo_nodes import DemoNode, DemoNodes, demo_nodes
 from swarmpy_cli.replies import Question, Reply, stream_reply
@@ -201,7 +201,7 @@ class _Story:
             try:
                 for piece in stream_reply(client, question.body(messages), reply, _ignore):
                     if not self.is_json:
-                        click.echo(piece, nl=False)
+                        print_reply(piece)
             except SwarmError:
                 nodes.check()
                 raise

@@ -89,8 +89,8 @@ def show_invite(invite: InviteShown, offer: str, steps: Steps) -> None:
     steps.line(f"serves   {offer}")
     steps.line(f"expires  {show_wall_time(invite.expires_wall_s)}")
     steps.line("This machine, once it has joined:")
-    for sentence in invite.scope.split("; "):
-        steps.line(f"  {sentence}")
+    for sentence in invite.scope.split(".; "):
+        steps.line(f"  {sentence.removesuffix('.')}.")
 
 
 def show_joined(joined: Joined, steps: Steps) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import click
 
+from swarmpy.config import LOG_LEVELS
 from swarmpy.errors import SwarmError
 from swarmpy_cli import chat, demo, join, models, network, run, status
 from swarmpy_cli.client import NodeError
-from swarmpy_cli.console import silence
+from swarmpy_cli.console import print_error, silence
 from swarmpy_cli.context import Settings, default_cache_folder, default_folder, print_json
 
 EXIT_FAILED = 1
@@ -41,9 +42,10 @@ EXIT_INTERRUPTED = 130
 )
 @click.option(
     "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
+    type=click.Choice(LOG_LEVELS),
     help="Log lines to write on standard error (default: warning).",
 )
+@click.version_option(package_name="swarmpy", message="%(package)s %(version)s")
 @click.pass_context
 def cli(
     context: click.Context, data_dir: Path | None, cache_dir: Path | None, log_level: str | None
@@ -105,10 +107,8 @@ def _print_error(error: SwarmError, *, is_json: bool) -> None:
     if is_json:
         code = error.code if isinstance(error, NodeError) else error_code(type(error).__name__)
         print_json({"error": _described(code, str(error), error.fix)})
-        return
-    click.echo(click.style("error: ", fg="red") + str(error), err=True)
-    if error.fix:
-        click.echo(click.style("  fix: ", fg="cyan") + error.fix, err=True)
+    else:
+        print_error(error)
 
 
 def error_code(class_name: str) -> str:

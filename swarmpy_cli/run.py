@@ -16,13 +16,13 @@ from swarmpy.errors import (
     DoesNotFit,
     ExtensionNotFound,
     MembershipError,
-    ModelNotFound,
+    ModelError,
     NoPipeline,
     SwarmError,
 )
 from swarmpy.store import write_file
 from swarmpy_cli.client import NODE_FILE, NodeFile
-from swarmpy_cli.console import Step, Steps
+from swarmpy_cli.console import Step, Steps, without_controls
 from swarmpy_cli.context import (
     ConfigOptions,
     Settings,
@@ -265,7 +265,8 @@ async def prepare_model(node: Node, steps: Steps, model: str | None) -> str | No
     """Fetch a model and load it over the swarm; return its name, None where nobody can hold it.
 
     Args:
-        model: As the user named it; None: chosen here, and the reason is shown.
+        model: As the user named it; None: chosen here, the reason is shown, and one that cannot be
+            fetched or used ends nothing.
 
     Raises:
         ModelNotFound: No source has the named model.
@@ -278,7 +279,11 @@ async def prepare_model(node: Node, steps: Steps, model: str | None) -> str | No
         steps.line(f"model {choice.model}: {choice.why}")
         if choice.is_served:
             return await _fetch_served(node, steps, choice.model)
-        prepared = await _prepare(node, steps, choice)
+        try:
+            prepared = await _prepare(node, steps, choice)
+        except ModelError as error:
+            _show_not_ready(steps, error)
+            continue
         if prepared is not None:
             return prepared
     return None
@@ -308,9 +313,8 @@ async def _fetch_served(node: Node, steps: Steps, model: str) -> str:
     try:
         with steps.step(f"model {model}") as step:
             await node.pull(model, on_progress=_progress_of(step))
-    except ModelNotFound as error:
-        steps.line(f"  {error}")
-        steps.line(f"  {error.fix}")
+    except ModelError as error:
+        _show_not_ready(steps, error)
     return model
 
 
@@ -330,10 +334,14 @@ async def _prepare(node: Node, steps: Steps, choice: Choice) -> str | None:
         with steps.step(f"loading {name}") as step:
             await node.prepare(name, on_progress=_progress_of(step))
     except NOT_YET as error:
-        steps.line(f"  not ready: {error}")
-        steps.line(f"  {error.fix}")
+        _show_not_ready(steps, error)
         return None
     return name
+
+
+def _show_not_ready(steps: Steps, error: SwarmError) -> None:
+    steps.line(f"  not ready: {without_controls(str(error))}")
+    steps.line(f"  {without_controls(error.fix)}")
 
 
 def _progress_of(step: Step) -> Callable[[Progress], None]:

@@ -34,10 +34,9 @@ def status(settings: Settings, /, is_json: bool) -> None:
     for address in answer.addresses:
         click.echo(f"listening on {address}/p2p/{answer.peer}")
     for network in answer.networks:
-        click.echo(
-            f"network {network.name} ({network.words}): "
-            f"{network.members_connected} other members connected"
-        )
+        count = network.members_connected
+        others = f"{count} other {'member' if count == 1 else 'members'} connected"
+        click.echo(f"network {network.name} ({network.words}): {others}")
     for shard in answer.shards:
         click.echo(f"holds {shard}")
     for pipeline in answer.pipelines:

@@ -33,6 +33,14 @@ def test_flag_beats_environment_beats_file(tmp_path: Path) -> None:
         ("[engine]\nslots = true", "engine.slots"),
         ("[network]\nmdns = 3", "network.mdns"),
         ("[engine", "config.toml"),
+        ("[engine]\nslots = 0", "engine.slots"),
+        ("[engine]\ncontext = -1", "engine.context"),
+        ("[engine]\nthreads = -2", "engine.threads"),
+        ("[engine]\nmemory_bytes_max = -5", "engine.memory_bytes_max"),
+        ("[engine]\nmemory_bytes_max = 'infG'", "engine.memory_bytes_max"),
+        ("[engine]\nstep_timeout_s = nan", "engine.step_timeout_s"),
+        ("[network]\nredial_interval_s = 0", "network.redial_interval_s"),
+        ("[node]\nlog_level = 'loud'", "node.log_level"),
     ],
 )
 def test_wrong_setting_is_an_error_that_names_it(tmp_path: Path, text: str, named: str) -> None:

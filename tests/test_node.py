@@ -10,6 +10,7 @@ import trio
 from swarmpy.abc import ProtocolId
 from swarmpy.config import Config, EngineConfig
 from swarmpy.errors import (
+    ConfigError,
     ConnectionLost,
     ContextExceeded,
     ExtensionNotFound,
@@ -46,6 +47,24 @@ async def test_three_nodes_split_a_model_and_answer_as_one_would(tmp_path: Path)
         assert [stage.start for stage in stages[1:]] == [stage.end for stage in stages[:-1]]
         assert {stage.name for stage in stages} == {"a", "b", "c"}
         assert [stage.sees_prompt for stage in stages] == [True, False, False]
+
+
+async def test_a_name_that_cannot_be_printed_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"node\.name"):
+        async with Node.open(config("a\tb"), environment(tmp_path, "a")):
+            pass
+
+
+async def test_a_model_in_a_folder_of_any_name_is_announced(tmp_path: Path) -> None:
+    """Goal: what a folder is called cannot make a node's announcements malformed."""
+    async with Node.open(config("a"), environment(tmp_path, "a")) as node:
+        node.found_network()
+        pulled = await node.pull(str(MODEL.write(tmp_path / "\x1b[31mred")))
+
+        assert pulled.display_name == "[31mred"
+        told = node.discovery.announcement(node.peer_id)
+        assert told is not None
+        assert [model.display_name for model in told.models] == ["[31mred"]
 
 
 async def test_any_member_can_ask_and_several_at_once(tmp_path: Path) -> None:

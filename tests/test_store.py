@@ -38,6 +38,21 @@ def test_damaged_database_is_set_aside_and_made_anew(tmp_path: Path) -> None:
     assert (tmp_path / "node.db.damaged").read_bytes().startswith(b"this is no database")
 
 
+def test_damage_behind_the_header_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "node.db"
+    database = open_database(path, SCHEMA)
+    database.executemany("INSERT INTO notes VALUES (?)", [("x" * 500 + str(n),) for n in range(99)])
+    database.close()
+    data = path.read_bytes()
+    path.write_bytes(data[:8192] + bytes(len(data) - 8192))
+
+    database = open_database(path, SCHEMA)
+    try:
+        assert database.execute("SELECT count(*) FROM notes").fetchone() == (0,)
+    finally:
+        database.close()
+
+
 def test_folder_that_cannot_be_written_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import msgspec
 
 from swarmpy.abc import Address, DiscoverySource, Sighting, WallSeconds
 from swarmpy.config import PEER_CACHE_MAX
+from swarmpy.errors import ConfigError
 from swarmpy.identity import PeerId
 from swarmpy.store import open_database, transaction
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS peers (
@@ -21,6 +25,11 @@ CREATE TABLE IF NOT EXISTS peers (
     seen_wall_s REAL NOT NULL
 );
 """
+
+_PUT = (
+    "INSERT OR REPLACE INTO peers (peer, name, proven, claimed, seen_wall_s) VALUES (?, ?, ?, ?, ?)"
+)
+_FORGET = "DELETE FROM peers WHERE peer = ?"
 
 
 class CachedPeer(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +45,10 @@ class CachedPeer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PeerCache(DiscoverySource):
-    """At most `PEER_CACHE_MAX` members; the ones not seen for longest make room."""
+    """At most `PEER_CACHE_MAX` members; the ones not seen for longest make room.
+
+    A disk that takes no more costs a slower restart, never the node.
+    """
 
     name = "cache"
 
@@ -76,25 +88,30 @@ class PeerCache(DiscoverySource):
             seen_wall_s=wall_s,
         )
         self._peers[peer] = entry
-        with transaction(self._database) as database:
-            database.execute(
-                "INSERT OR REPLACE INTO peers (peer, name, proven, claimed, seen_wall_s)"
-                " VALUES (?, ?, ?, ?, ?)",
-                (peer, name, _text(entry.proven), _text(entry.claimed), wall_s),
-            )
-            for old in self.peers()[PEER_CACHE_MAX:]:
-                del self._peers[old.peer]
-                database.execute("DELETE FROM peers WHERE peer = ?", (old.peer,))
+        surplus = [old.peer for old in self.peers()[PEER_CACHE_MAX:]]
+        for old in surplus:
+            del self._peers[old]
+        self._write(
+            (_PUT, (peer, name, _text(entry.proven), _text(entry.claimed), wall_s)),
+            *((_FORGET, (old,)) for old in surplus),
+        )
 
     def forget(self, peer: PeerId) -> None:
         """Remove a peer that is no member any more."""
         if self._peers.pop(peer, None) is not None:
-            with transaction(self._database) as database:
-                database.execute("DELETE FROM peers WHERE peer = ?", (peer,))
+            self._write((_FORGET, (peer,)))
 
     def close(self) -> None:
         """Close the database."""
         self._database.close()
+
+    def _write(self, *statements: tuple[str, tuple[object, ...]]) -> None:
+        try:
+            with transaction(self._database) as database:
+                for statement, values in statements:
+                    database.execute(statement, values)
+        except ConfigError as error:
+            logger.warning("cache.unwritable", extra={"error": str(error)})
 
     def _load(self) -> list[CachedPeer]:
         rows = self._database.execute(

@@ -122,10 +122,13 @@ class Gossip:
         self._addresses = tuple(advertised(self._host.addresses, count_max=proto.ADDRESSES_MAX))
         self._seq = max(self._seq + 1, int(wall_s * 1000))
         for membership in self._trust.own_memberships().values():
-            if membership.not_after_wall_s < wall_s:
-                continue  # just ended; whoever keeps the memberships will notice
             sealed = seal_announcement(self._identity, self._own(membership, int(wall_s)))
-            self._store(open_announcement(sealed, wall_s=wall_s))
+            try:
+                self._store(open_announcement(sealed, wall_s=wall_s))
+            except StaleRecord as error:
+                # The membership has ended, or the clock was set to before it began: nobody would
+                # believe what is said on its strength.
+                logger.warning("announce.unbelievable", extra={"error": str(error)})
 
     def _own(self, membership: Membership, wall_s: int) -> Announcement:
         return Announcement(

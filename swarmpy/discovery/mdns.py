@@ -11,7 +11,6 @@ import logging
 import socket
 import string
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -95,6 +94,8 @@ class MdnsSource(DiscoverySource):
                 await trio.to_thread.run_sync(link.close)
 
     async def _tell_and_ask(self, link: Zeroconf) -> None:
+        from zeroconf import Error
+
         instance, host = self._random_name(), self._random_name()
         told = b""
         pause_s = ASK_PAUSE_S
@@ -103,15 +104,17 @@ class MdnsSource(DiscoverySource):
                 self._peer, advertised(self._addresses(), count_max=proto.ADDRESSES_MAX)
             )
             info = _service(instance, host, txt)
-            await trio.to_thread.run_sync(_ask, link, info)
-            if txt != told:
-                if told:
-                    change = partial(link.update_service, info)
-                else:
-                    # The random name cannot be taken: no probing, which takes 0.75 s.
-                    change = partial(link.register_service, info, cooperating_responders=True)
-                await trio.to_thread.run_sync(change)
-                told = txt
+            try:
+                await trio.to_thread.run_sync(_ask, link, info)
+                if txt != told:
+                    change = _update if told else _register
+                    await trio.to_thread.run_sync(change, link, info)
+                    told = txt
+            except Error as error:
+                # The library gives up after seconds without the processor. It may have told this
+                # name or not: the next round takes another.
+                logger.warning("mdns.stalled", extra={"error": repr(error)})
+                instance, told = self._random_name(), b""
             await trio.sleep(pause_s)
             pause_s = min(2 * pause_s, ASK_PAUSE_S_MAX)
 
@@ -193,6 +196,15 @@ def _ask(link: Zeroconf, own: ServiceInfo) -> None:
     question.add_question(DNSQuestion(proto.SERVICE, _TYPE_PTR, _CLASS_IN))
     question.add_answer_at_time(own.dns_pointer(), 0)
     link.send(question)
+
+
+def _register(link: Zeroconf, own: ServiceInfo) -> None:
+    # The random name cannot be taken: no probing, which takes 0.75 s.
+    link.register_service(own, cooperating_responders=True)
+
+
+def _update(link: Zeroconf, own: ServiceInfo) -> None:
+    link.update_service(own)
 
 
 def _service(instance: str, host: str, txt: bytes) -> ServiceInfo:

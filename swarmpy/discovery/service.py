@@ -50,7 +50,8 @@ UNSEEN_TTL_S = 600.0
 announcement is still good or that is in the cache."""
 
 CONNECTIONS_KEPT_MAX = 128
-"""Connections beyond which no more members are dialled; gossip reaches the others through them."""
+"""Connections to members beyond which no more are dialled; gossip reaches the others through them.
+Strangers do not count: a crowd of them must not keep this node from its network."""
 
 ADDRESSES_PER_PEER_MAX = 16
 
@@ -330,6 +331,8 @@ class Discovery:
             is_member = await self._trust.confirm(entry.peer)
         except (NetworkError, RemoteProtocolError, MembershipError) as error:
             logger.debug("discovery.refused", extra={"peer": entry.peer, "error": str(error)})
+            if entry.is_known_member and isinstance(error, NetworkError):
+                return  # it said nothing: nothing is known that was not known before
             is_member = False
         connection = self._host.connection_to(entry.peer)
         if is_member or connection is None:
@@ -343,7 +346,8 @@ class Discovery:
 
     def _dialable(self, entry: _Peer) -> tuple[list[Address], float]:
         """Return the addresses that may be dialled now, or in how many seconds to look again."""
-        if len(self._host.connections) >= CONNECTIONS_KEPT_MAX:
+        members = sum(self._trust.is_member(item.peer) for item in self._host.connections)
+        if members >= CONNECTIONS_KEPT_MAX:
             return [], REDIAL_PAUSE_S_MAX
         now_s = NowSeconds(trio.current_time())
         allowed = list(entry.proven)

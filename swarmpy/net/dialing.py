@@ -109,12 +109,17 @@ class Dials:
             winners.append(connection)
             nursery.cancel_scope.cancel()
 
-        async with trio.open_nursery() as nursery:
-            for address in addresses[: config.DIAL_ADDRESSES_MAX]:
-                failed = trio.Event()
-                nursery.start_soon(attempt, address, failed)
-                with trio.move_on_after(config.DIAL_STAGGER_S):
-                    await failed.wait()
+        try:
+            async with trio.open_nursery() as nursery:
+                for address in addresses[: config.DIAL_ADDRESSES_MAX]:
+                    failed = trio.Event()
+                    nursery.start_soon(attempt, address, failed)
+                    with trio.move_on_after(config.DIAL_STAGGER_S):
+                        await failed.wait()
+        except BaseException:
+            for connection in winners:
+                connection.close()  # proven in the very moment in which nobody waited any more
+            raise
         if winners:
             return winners[0]
         for error in errors:

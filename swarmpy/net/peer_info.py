@@ -6,7 +6,8 @@ Spec: protocols/identify.md, protocols/ping.md.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import trio
 
@@ -73,8 +74,7 @@ class PeerInfo:
     async def ask(self, connection: NativeConnection) -> None:
         """Ask a peer who it is; without an answer nothing is known and nothing breaks."""
         try:
-            with trio.fail_after(TIMEOUT_S):
-                stream = _open(connection, IDENTIFY)
+            with trio.fail_after(TIMEOUT_S), _opened(connection, IDENTIFY) as stream:
                 await stream.close_write()
                 await self._take(stream)
         except (NetworkError, ProtocolError, trio.TooSlowError) as error:
@@ -96,10 +96,10 @@ class PeerInfo:
         if info is None or IDENTIFY_PUSH not in info.protocols:
             return
         try:
-            with trio.fail_after(TIMEOUT_S):
-                stream = _open(connection, IDENTIFY_PUSH)
+            with trio.fail_after(TIMEOUT_S), _opened(connection, IDENTIFY_PUSH) as stream:
                 await self._tell(stream)
-                await stream.receive_some()  # its end, or its refusal
+                while await stream.receive_some():  # to its end, or its refusal
+                    pass
         except (NetworkError, ProtocolError, trio.TooSlowError) as error:
             logger.debug("push.failed", extra={"peer": connection.peer, "error": str(error)})
 
@@ -125,20 +125,18 @@ class PeerInfo:
             PeerTimeout, ConnectionLost, StreamReset: Nothing came back.
         """
         payload = self._random.randbytes(ping.PAYLOAD_BYTES)
-        stream = _open(connection, PING)
         start_s = trio.current_time()
         received = b""
         try:
-            with trio.fail_after(TIMEOUT_S):
+            with trio.fail_after(TIMEOUT_S), _opened(connection, PING) as stream:
                 await stream.send_all(payload)
                 while len(received) < len(payload) and (data := await stream.receive_some()):
                     received += data
+                ping.check_pong(payload, received)
+                rtt_s = trio.current_time() - start_s
+                await stream.close_write()
         except trio.TooSlowError:
-            stream.reset()
             raise PeerTimeout(f"no answer to a ping within {TIMEOUT_S:.0f} s") from None
-        ping.check_pong(payload, received)
-        rtt_s = trio.current_time() - start_s
-        await stream.close_write()
         return rtt_s
 
     async def _tell(self, stream: Stream) -> None:
@@ -171,7 +169,13 @@ class PeerInfo:
             self._news.unpark_all()
 
 
-def _open(connection: NativeConnection, protocol: ProtocolId) -> NativeStream:
+@contextmanager
+def _opened(connection: NativeConnection, protocol: ProtocolId) -> Iterator[NativeStream]:
+    """Open a stream for the block, and give it up where the block does not end well."""
     stream = connection.open_stream(protocol, Priority.CONTROL)
     stream.propose(Dialer([protocol]))
-    return stream
+    try:
+        yield stream
+    except BaseException:
+        stream.reset()
+        raise

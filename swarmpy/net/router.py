@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import trio
 
 from swarmpy import config
-from swarmpy.abc import ProtocolId, StreamHandler
+from swarmpy.abc import Connection, ProtocolId, StreamHandler
 from swarmpy.errors import ConfigError, NetworkError, RemoteProtocolError
 from swarmpy.identity import PeerId
 from swarmpy.net.stream import NativeStream
@@ -21,7 +22,7 @@ from swarmpy.proto.multistream import Selector
 logger = logging.getLogger(__name__)
 
 CONNECTION_PENALTY = 10
-"""A breach of this weight costs the connection, not only its stream."""
+"""Breaches that weigh this much together cost the connection, not only their streams."""
 
 
 class Router:
@@ -31,6 +32,7 @@ class Router:
         """Args: allow: Whether the gate lets a peer use a protocol."""
         self._allow = allow
         self._handlers: dict[ProtocolId, StreamHandler] = {}
+        self._penalties: WeakKeyDictionary[Connection, int] = WeakKeyDictionary()
 
     @property
     def protocols(self) -> tuple[ProtocolId, ...]:
@@ -93,18 +95,24 @@ class Router:
         return self._handlers[stream.protocol]
 
     def _contain(self, stream: NativeStream, error: Exception) -> None:
-        """Reset the stream, or close its connection if the error weighs that much."""
+        """Reset the stream, or close its connection once its breaches weigh that much."""
         causes = list(_leaves(error))
         fields = {"peer": stream.peer, "protocol": stream.protocol}
-        breaches = [cause for cause in causes if isinstance(cause, RemoteProtocolError)]
+        breaches = [
+            cause
+            for cause in causes
+            if isinstance(cause, RemoteProtocolError) and cause.peer in ("", stream.peer)
+        ]
         if all(isinstance(cause, (RemoteProtocolError, NetworkError)) for cause in causes):
             logger.debug("stream.failed", extra=fields | {"error": str(causes[0])})
         else:
             logger.error("handler.failed", extra=fields, exc_info=error)
-        worst = max(breaches, key=lambda breach: breach.penalty, default=None)
-        if worst is not None and worst.penalty >= CONNECTION_PENALTY:
-            stream.connection.close_for(worst)
+        connection = stream.connection
+        penalty = self._penalties.get(connection, 0) + sum(item.penalty for item in breaches)
+        if breaches and penalty >= CONNECTION_PENALTY:
+            connection.close_for(max(breaches, key=lambda breach: breach.penalty))
         else:
+            self._penalties[connection] = penalty
             stream.reset()
 
 

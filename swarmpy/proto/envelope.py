@@ -24,6 +24,9 @@ from swarmpy.proto.wire import encode_varint
 ENVELOPE_BYTES_MAX = 16 * 1024
 """Largest envelope: a 4 KiB record with a membership chain in it fits four times."""
 
+_FIELDS = (1, 2, 3, 5)
+"""Numbers of key, type, payload and signature, the order in which they stand."""
+
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
@@ -42,7 +45,7 @@ def seal(identity: Identity, *, domain: str, payload_type: bytes, payload: bytes
     """Sign `payload` for one purpose (`domain`) and return the envelope's bytes."""
     signature = identity.sign(_signed_bytes(domain, payload_type, payload))
     key = PUBLIC_KEY_PROTOBUF_PREFIX + identity.public_key
-    return protobuf.encode([(1, key), (2, payload_type), (3, payload), (5, signature)])
+    return _encode(key, payload_type, payload, signature)
 
 
 def open_envelope(data: bytes, *, domain: str, payload_type: bytes) -> Envelope:
@@ -56,20 +59,24 @@ def open_envelope(data: bytes, *, domain: str, payload_type: bytes) -> Envelope:
     if len(data) > ENVELOPE_BYTES_MAX:
         raise FrameTooLarge(f"envelope of {len(data)} bytes exceeds {ENVELOPE_BYTES_MAX}")
     fields = protobuf.decode(data)
-    if sorted(fields) != [1, 2, 3, 5] or any(len(values) != 1 for values in fields.values()):
+    key, kind, payload, signature = (protobuf.bytes_field(fields, number) for number in _FIELDS)
+    if _encode(key, kind, payload, signature) != data:
         # Unsigned room in an envelope would let anyone make many different ones of it.
         raise BadMessage("an envelope has exactly a key, a type, a payload and a signature")
-    key = protobuf.bytes_field(fields, 1)
-    if protobuf.bytes_field(fields, 2) != payload_type:
+    if kind != payload_type:
         raise BadMessage("the envelope holds another type of payload")
-    payload = protobuf.bytes_field(fields, 3)
     if not key.startswith(PUBLIC_KEY_PROTOBUF_PREFIX):
         raise BadMessage("the envelope's key is not Ed25519")
     public_key = key[len(PUBLIC_KEY_PROTOBUF_PREFIX) :]
     check_public_key(public_key)
     signed = _signed_bytes(domain, payload_type, payload)
-    verify(public_key, protobuf.bytes_field(fields, 5), signed)
+    verify(public_key, signature, signed)
     return Envelope(public_key=public_key, payload=payload, signed=bytes(data))
+
+
+def _encode(key: bytes, payload_type: bytes, payload: bytes, signature: bytes) -> bytes:
+    values = (key, payload_type, payload, signature)
+    return protobuf.encode(zip(_FIELDS, values, strict=True))
 
 
 def _signed_bytes(domain: str, payload_type: bytes, payload: bytes) -> bytes:

@@ -13,6 +13,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, NewType
@@ -68,8 +69,8 @@ PeerIdText = Annotated[str, Meta(max_length=PEER_ID_TEXT_MAX)]
 KeyHash = Annotated[
     bytes, Meta(min_length=NETWORK_KEY_HASH_BYTES, max_length=NETWORK_KEY_HASH_BYTES)
 ]
-WallSecondsInt = Annotated[int, Meta(ge=0, lt=2**40)]
-"""Whole Unix seconds; the bound keeps arithmetic on a hostile time in range."""
+WallSecondsInt = Annotated[int, Meta(ge=0, lt=253_402_300_800)]
+"""Whole Unix seconds up to the year 9999: a hostile time can still be written as a date."""
 
 
 class MembershipRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -281,7 +282,7 @@ def verify_membership(
     if not 1 <= len(proof) <= CHAIN_MAX:
         raise BadMessage(f"a membership of {len(proof)} records, expected 1 to {CHAIN_MAX}")
     name = ""
-    not_after = float(2**40)
+    not_after = math.inf
     signer: PeerId | None = None
     network: bytes = b""
     record: MembershipRecord | None = None

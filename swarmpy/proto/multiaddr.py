@@ -54,7 +54,7 @@ def _decode_ip6(data: bytes) -> str:
 
 
 def _encode_port(text: str) -> bytes:
-    if not (text.isascii() and text.isdigit()) or int(text[:6]) > 0xFFFF:
+    if not (text.isascii() and text.isdigit() and len(text) <= 5) or int(text) > 0xFFFF:
         raise ValueError("a port is a number from 0 to 65535")
     return int(text).to_bytes(2, "big")
 

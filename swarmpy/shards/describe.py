@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swarmpy.errors import ModelRefused
+from swarmpy.proto.wire import printable
 from swarmpy.shards import gguf, safetensors
 from swarmpy.shards.refusals import check_config, check_folder
 
@@ -49,14 +50,16 @@ def _describe_gguf(path: Path) -> Description:
     for tensor in header.tensors.values():
         sizes[tensor.type.name] += tensor.size_bytes
     layer_count = header.integer(f"{family}.block_count")
-    check_config({"num_hidden_layers": layer_count}, where=path.name)
+    context_max = header.integer(f"{family}.context_length", 0)
+    sizes_stated = {"num_hidden_layers": layer_count, "max_position_embeddings": context_max}
+    check_config(sizes_stated, where=path.name)
     return Description(
         architecture=family,
         layer_count=layer_count,
         parameter_count=sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
-        context_max=header.integer(f"{family}.context_length", 0),
+        context_max=context_max,
         quantization=_widest(sizes),
-        license=_printable(header.text("general.license", "")),
+        license=printable(header.text("general.license", "")[:100]),
     )
 
 
@@ -90,11 +93,6 @@ def _architecture(value: object, where: str) -> str:
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", value):
         return value
     raise ModelRefused(f"{where}: the architecture is {value!r:.80}, expected a plain word")
-
-
-def _printable(text: str) -> str:
-    """A file's own words, short and without what a terminal would take for commands."""
-    return "".join(character for character in text[:100] if character.isprintable())
 
 
 def _bits(config: Mapping[str, object]) -> int:

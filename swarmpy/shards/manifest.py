@@ -155,7 +155,7 @@ class HashCache:
     """SHA-256 of files by their state (size, modification and change time, device and inode).
 
     A changed file has another state and is hashed anew. Bits that rot on disk without a write are
-    not seen; `forget` makes the next look a real one. One file, shared by the machine's processes.
+    not seen. One file, shared by the machine's processes.
     """
 
     def __init__(self, cache_folder: Path) -> None:
@@ -169,32 +169,27 @@ class HashCache:
         Raises:
             ModelRefused: The file cannot be read, or changed while it was.
         """
-        key, state = str(file.resolve()), _state_of(file)
-        known = self._read().get(key)
+        state = _state_of(file)
+        known = self._read().get(_key_of(file))
         if known is not None and known.state == state:
             return known.sha256
         digest = hash_file(file, report)
         if _state_of(file) != state:
             raise ModelRefused(f"{file} changed while it was read; try again")
-        self.remember(file, digest)
+        self._put(file, _Remembered(state, digest))
         return digest
 
     def remember(self, file: Path, sha256: str) -> None:
         """Remember a hash that was computed while the file was written."""
-        key, entry = str(file.resolve()), _Remembered(_state_of(file), sha256)
+        self._put(file, _Remembered(_state_of(file), sha256))
+
+    def _put(self, file: Path, entry: _Remembered) -> None:
         with hold_lock_blocking(self._lock):
             entries = self._read()
-            entries.pop(key, None)
-            entries[key] = entry
+            entries.pop(_key_of(file), None)
+            entries[_key_of(file)] = entry
             kept = dict(list(entries.items())[-HASHES_MAX:])
             write_index(self._path, msgspec.json.encode(kept))
-
-    def forget(self, file: Path) -> None:
-        """Forget a file's hash: the next look reads the file."""
-        with hold_lock_blocking(self._lock):
-            entries = self._read()
-            if entries.pop(str(file.resolve()), None) is not None:
-                write_index(self._path, msgspec.json.encode(entries))
 
     def _read(self) -> dict[str, _Remembered]:
         """All entries. A file that cannot be read costs only the time to hash again."""
@@ -238,6 +233,11 @@ def write_index(path: Path, data: bytes) -> None:
 def is_model_id(text: str) -> bool:
     """Whether a text has the form of a model's id."""
     return re.fullmatch(r"[0-9a-f]{64}", text) is not None
+
+
+def _key_of(file: Path) -> str:
+    """The path of a file behind all links, which may be no text: its bytes then stand escaped."""
+    return os.fsencode(file.resolve()).decode("utf-8", "backslashreplace")
 
 
 def _state_of(file: Path) -> tuple[int, int, int, int, int]:

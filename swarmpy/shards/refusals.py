@@ -28,10 +28,10 @@ NESTING_MAX = 32
 """Depth of lists and objects in a configuration; real ones have five levels."""
 
 SIZES_MAX: Mapping[str, int] = {
-    "num_hidden_layers": 2048,
-    "num_layers": 2048,
-    "n_layers": 2048,
-    "n_layer": 2048,
+    "num_hidden_layers": 1024,
+    "num_layers": 1024,
+    "n_layers": 1024,
+    "n_layer": 1024,
     "hidden_size": 1 << 17,
     "d_model": 1 << 17,
     "n_embd": 1 << 17,
@@ -44,6 +44,10 @@ SIZES_MAX: Mapping[str, int] = {
     "num_local_experts": 1 << 14,
     "n_routed_experts": 1 << 14,
     "max_position_embeddings": 1 << 28,
+    "n_positions": 1 << 28,
+    "max_seq_len": 1 << 28,
+    "seq_length": 1 << 28,
+    "n_ctx": 1 << 28,
 }
 """Largest sizes accepted, by key. About eight times the largest published models (126 layers,
 width 16,384, 262 k tokens); beyond them a loader would ask for memory no tensor stands for."""

@@ -25,6 +25,7 @@ import trio
 
 from swarmpy.abc import ModelLabel, ModelSource, Progress
 from swarmpy.errors import DownloadFailed, ModelNotFound, ModelRefused
+from swarmpy.proto.wire import printable
 from swarmpy.shards.locks import hold_lock
 from swarmpy.shards.manifest import CHUNK_BYTES, HashCache, source_files
 
@@ -105,7 +106,9 @@ class FolderSource(ModelSource):
         """Name it after the folder, or the GGUF without its ending."""
         path = _absolute(model)
         title = path.name if path.is_dir() else path.stem
-        return ModelLabel(name=plain_model_name(title), display_name=title, origin=str(path))
+        return ModelLabel(
+            name=plain_model_name(title), display_name=printable(title), origin=str(path)
+        )
 
     async def fetch(self, model: str, into: Path, progress: Callable[[Progress], None]) -> Path:
         """Return the path once it is known to hold a model's files; see `ModelSource.fetch`."""

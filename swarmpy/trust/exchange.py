@@ -28,6 +28,7 @@ from swarmpy.proto.membership import (
     network_tag,
     verify_membership,
 )
+from swarmpy.proto.wire import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,7 +72,8 @@ class Exchange:
         await messages.send(Proofs(proofs=self._own_proofs(shared)))
         done = await messages.receive(Done)
         if done.refusal:
-            raise NotAMember(f"{messages.peer} refused this node's membership: {done.refusal}")
+            reason = printable(done.refusal)
+            raise NotAMember(f"{messages.peer} refused this node's membership: {reason}")
         return shared
 
     async def respond(self, hello: Hello, messages: MessageStream) -> Shared:

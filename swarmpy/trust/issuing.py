@@ -41,11 +41,12 @@ from swarmpy.proto.invite import (
 )
 from swarmpy.proto.membership import CLOCK_SKEW_S, NAME_MAX, NetworkId
 from swarmpy.proto.wire import decode, encode
+from swarmpy.status import InviteCreated, InviteShown
 from swarmpy.trust.attempts import Attempts
 from swarmpy.trust.invites import InviteBook, Redemption
 from swarmpy.trust.networks import NetworkBook
 from swarmpy.trust.redeeming import utc
-from swarmpy.trust.views import InviteCreated, InviteShown, InviteView
+from swarmpy.trust.views import InviteView
 
 INVITE_TTL_S_MIN = 1.0
 
@@ -131,13 +132,10 @@ class InviteDesk:
         return InviteCreated(
             code=code,
             id=invite_id,
-            words=words_of(membership.network_id),
-            network_id=membership.network_id,
-            network_name=membership.network_name,
+            words=" ".join(words_of(membership.network_id)),
+            network=membership.network_name,
             expires_wall_s=float(expires_wall_s),
             uses=uses,
-            can_invite=can_invite,
-            addresses=told,
         )
 
     def open_invites(self) -> list[InviteView]:
@@ -184,15 +182,13 @@ class InviteDesk:
         signed = self.open_code(code)
         invite = signed.invite
         return InviteShown(
+            network=invite.network_name,
             network_id=signed.network_id,
-            network_name=invite.network_name,
-            issuer=signed.issuer,
-            issuer_name=invite.issuer_name,
-            words=words_of(signed.network_id),
-            scope=(*_SERVES, _INVITES if invite.can_invite else _INVITES_NOT),
+            issuer=invite.issuer_name,
+            issuer_peer=signed.issuer,
+            words=" ".join(words_of(signed.network_id)),
+            scope="; ".join((*_SERVES, _INVITES if invite.can_invite else _INVITES_NOT)),
             expires_wall_s=float(invite.expires_wall_s),
-            can_invite=invite.can_invite,
-            is_member=signed.network_id in self._networks.memberships,
         )
 
     # Redeeming -----------------------------------------------------------------------

@@ -21,6 +21,7 @@ from swarmpy.abc import Connection, Host, ProtocolId, Stream
 from swarmpy.config import INVITE_TTL_S
 from swarmpy.environment import Environment
 from swarmpy.errors import (
+    ConfigError,
     ConnectionLost,
     NetworkError,
     NotAMember,
@@ -34,6 +35,7 @@ from swarmpy.proto import invite
 from swarmpy.proto import membership as proto
 from swarmpy.proto.invite import SignedInvite
 from swarmpy.proto.membership import Hello, NetworkId, NotRenewed, Renew, Renewed
+from swarmpy.status import InviteCreated, InviteShown, Joined
 from swarmpy.store import open_database
 from swarmpy.trust import invites, networks
 from swarmpy.trust.exchange import CONVERSATION_TIMEOUT_S, Exchange, Shared, within
@@ -41,7 +43,7 @@ from swarmpy.trust.gate import MembershipGate
 from swarmpy.trust.issuing import InviteDesk
 from swarmpy.trust.networks import NetworkBook
 from swarmpy.trust.redeeming import addresses_of, redeem_at
-from swarmpy.trust.views import InviteCreated, InviteShown, InviteView, Joined, NetworkView
+from swarmpy.trust.views import InviteView, NetworkView
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -211,10 +213,12 @@ class Membership:
             DialFailed: The issuer cannot be reached.
             MembershipError: The issuer cannot admit anybody now.
         """
+        started_s = trio.current_time()
         signed = self._desk.open_code(code)
         was_member = signed.network_id in self._book.memberships
         with self._redeeming_with(signed.issuer):
             if not was_member:
+                self._book.check_room()  # before the code is used up
                 membership = await redeem_at(
                     self._host,
                     signed,
@@ -226,11 +230,12 @@ class Membership:
             if signed.issuer != self._identity.peer_id:
                 await self._meet(signed)
         return Joined(
+            network=signed.invite.network_name,
             network_id=signed.network_id,
-            network_name=signed.invite.network_name,
-            issuer=signed.issuer,
-            issuer_name=signed.invite.issuer_name,
+            issuer=signed.invite.issuer_name,
+            words=" ".join(invite.words_of(signed.network_id)),
             was_member=was_member,
+            seconds=trio.current_time() - started_s,
         )
 
     # Peers -------------------------------------------------------------------------
@@ -347,10 +352,15 @@ class Membership:
 
     async def _renew_forever(self) -> None:
         while True:
-            renewed = self._book.renew_founded()
-            for network_id in list(self._book.memberships):
-                if await self._renew(network_id):
-                    renewed.append(network_id)
+            renewed: list[NetworkId] = []
+            try:
+                renewed += self._book.renew_founded()
+                for network_id in list(self._book.memberships):
+                    if await self._renew(network_id):
+                        renewed.append(network_id)
+            except ConfigError as error:
+                # The disk takes no more; the old records last for days, and it is tried again.
+                logger.warning("membership.unwritable", extra={"error": str(error)})
             self._book.drop_ended()
             for network_id in renewed:
                 _tell(self._on_network, network_id)

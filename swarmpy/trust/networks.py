@@ -77,7 +77,7 @@ class NetworkBook:
 
     def create(self, name: str) -> Membership:
         """Make a new network and this node its first member."""
-        self._check_room()
+        self.check_room()
         key = Identity.generate(self._environment.random)
         network_id = own_network_id(key)
         key.save(self._folder / f"{network_id}{KEY_SUFFIX}")
@@ -94,7 +94,7 @@ class NetworkBook:
         """
         network_id = membership.network_id
         if network_id not in self._memberships:
-            self._check_room()
+            self.check_room()
         joined = self._joined.get(network_id, self._environment.wall_time())
         with transaction(self._database) as database:
             database.execute(
@@ -188,7 +188,8 @@ class NetworkBook:
         )
         return verify_membership(proof, wall_s=wall_s)
 
-    def _check_room(self) -> None:
+    def check_room(self) -> None:
+        """Raises: MembershipError: The node is in `NETWORKS_MAX` networks already."""
         if len(self._memberships) >= NETWORKS_MAX:
             raise MembershipError(f"this node is in {NETWORKS_MAX} networks, the most there may be")
 

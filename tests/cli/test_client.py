@@ -166,3 +166,11 @@ def test_a_reply_without_its_last_event_is_an_error() -> None:
 
 def test_a_reply_about_errors_is_no_error() -> None:
     assert reply_to(event('{"error": 1}') + b"data: [DONE]\n\n").text == '{"error": 1}'
+
+
+def test_bytes_that_are_no_text_are_an_error_before_anything_is_sent() -> None:
+    with (
+        connect_endpoint("http://127.0.0.1:9/v1", KEY) as client,
+        pytest.raises(NodeError, match="bytes that are no text"),
+    ):
+        client.post("/v1/chat/completions", {"prompt": "\udcff"}, dict[str, str])

@@ -148,6 +148,7 @@ def test_joining_starts_a_node_where_none_runs_and_a_restart_needs_no_code(
         shown = ben.errors()
     assert f"words    {joined['words']}" in shown
     assert "serves   layers of models" in shown
+    assert "  It may ask members to do the same; a member that computes on a prompt" in shown
 
     with started(place / "ben", "run", "--no-model", *words) as ben:
         ben.ready()

@@ -7,7 +7,7 @@ import io
 import click
 import pytest
 
-from swarmpy_cli.console import Step, print_table, show_bytes, show_seconds
+from swarmpy_cli.console import Step, print_reply, print_table, show_bytes, show_seconds
 from swarmpy_cli.network import parse_duration, short_peer
 from swarmpy_cli.status import show_layers
 
@@ -68,3 +68,20 @@ def test_a_time_span_is_read_with_its_unit(text: str, seconds: float) -> None:
 
 def test_a_peer_is_shortened_to_the_end_where_two_differ() -> None:
     assert short_peer("12D3KooWAbCdEfGhIjKl") == "…EfGhIjKl"
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "shown"),
+    [(True, "a]52;c;eA==b\n\tc2J"), (False, "a\x1b]52;c;eA==\x07b\n\tc\x9b2J")],
+)
+def test_a_reply_cannot_command_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, shown: str
+) -> None:
+    """A peer that computes the last layers chooses every character; a pipe gets them unchanged."""
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    monkeypatch.setattr("sys.stdout", stream)
+
+    print_reply("a\x1b]52;c;eA==\x07b\n\tc\x9b2J")
+
+    assert stream.getvalue() == shown

@@ -129,6 +129,11 @@ def test_version_is_one_json_document(swarmpy: Swarmpy) -> None:
     assert ran.document["python"]
 
 
+def test_the_version_can_be_asked_for_as_of_other_programs(swarmpy: Swarmpy) -> None:
+    ran = swarmpy("--version")
+    assert (ran.code, ran.output.split()[0]) == (0, "swarmpy")
+
+
 def test_starting_imports_nothing_heavy() -> None:
     """Goal: `swarmpy version` and `--help` start fast. Method: the modules they may not import."""
     code = (

@@ -178,6 +178,20 @@ def test_an_unknown_model_ends_start_up_with_its_error(home: Path) -> None:
     assert b"Traceback" not in done.stderr
 
 
+def test_a_default_model_that_cannot_be_fetched_leaves_the_node_running(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine without internet can still be joined. Method: a package index that is not there."""
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with started(home, "run", "--engine", ECHO, *NODE_OPTIONS, "--json") as node:
+        assert node.ready()["model"] is None
+        node.popen.send_signal(signal.SIGINT)
+        errors = node.errors()
+    assert "not ready: pip could not fetch" in errors
+
+
 def test_the_model_that_is_chosen_is_said_with_the_reason(home: Path, model: str) -> None:
     with started(home, "run", model, "--engine", ECHO, *NODE_OPTIONS, "--json") as node:
         node.ready()

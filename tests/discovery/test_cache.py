@@ -68,3 +68,15 @@ def test_a_forgotten_peer_stays_forgotten(tmp_path: Path) -> None:
     cache = PeerCache(tmp_path / "peers.db")
     assert cache.peers() == []
     cache.close()
+
+
+def test_a_disk_that_takes_no_more_costs_no_error(tmp_path: Path) -> None:
+    cache = PeerCache(tmp_path / "peers.db")
+    put(cache, 1)
+    cache._database.execute("PRAGMA query_only = ON")
+
+    put(cache, 2)
+    cache.forget(peer(1))
+
+    assert [item.peer for item in cache.peers()] == [peer(2)]
+    cache.close()

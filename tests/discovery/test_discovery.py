@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,13 +11,16 @@ import trio
 from small_nodes import Clock, SmallNode, machine, small_node, until, wall_time
 from trio.testing import MockClock
 
-from swarmpy.abc import Address, DiscoverySource, Sighting
+from swarmpy.abc import Address, DiscoverySource, Sighting, Stream
+from swarmpy.discovery import service
 from swarmpy.discovery.gossip import PROTOCOL
 from swarmpy.discovery.service import STRANGERS_MAX
 from swarmpy.errors import SwarmError
 from swarmpy.identity import Identity
+from swarmpy.net.host import NativeHost
 from swarmpy.net.messages import MessageStream
 from swarmpy.proto.announce import (
+    ANNOUNCE_INTERVAL_S,
     Announce,
     AnnouncedModel,
     Announcement,
@@ -24,6 +28,8 @@ from swarmpy.proto.announce import (
 )
 from swarmpy.proto.membership import issue, own_network_id
 from swarmpy.testing.network import SimNetwork
+from swarmpy.trust.exchange import CONVERSATION_TIMEOUT_S
+from swarmpy.trust.membership import PROTOCOL as MEMBERSHIP
 
 
 class Whisper(DiscoverySource):
@@ -240,6 +246,50 @@ async def test_a_sighting_of_a_lost_member_is_followed_at_once(
             await until(lambda: is_member(bob, ann), within_s=1.0)
 
 
+async def test_a_member_that_says_nothing_for_a_while_is_not_forgotten(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Goal: silence is no refusal. Method: bob's key answers at his address, but not the question
+    whether he is a member; then he is back."""
+    world = SimNetwork()
+
+    async def say_nothing(_: Stream) -> None:
+        await trio.sleep_forever()
+
+    async with small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann:
+        async with small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob:
+            await join(bob, ann)
+            await until(lambda: ann.discovery is not None and bool(ann.discovery.announcements()))
+        async with trio.open_nursery() as nursery:
+            mute = NativeHost(bob.host.identity, machine(world, 2), random=random.Random(1))
+            mute.set_handler(MEMBERSHIP, say_nothing)
+            await nursery.start(mute.run)
+            await mute.listen(Address("/ip4/0.0.0.0/tcp/4001"))
+            await until(lambda: bool(mute.connections))
+            await trio.sleep(CONVERSATION_TIMEOUT_S + 1)
+            mute.close()
+
+        async with small_node("bob", machine(world, 2), tmp_path / "b"):
+            await until(lambda: is_member(ann, bob), within_s=61)
+
+
+async def test_a_crowd_of_strangers_does_not_keep_a_node_from_its_members(
+    autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "CONNECTIONS_KEPT_MAX", 1)
+    world = SimNetwork()
+    async with small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann:
+        async with small_node("bob", machine(world, 2), tmp_path / "b") as bob:
+            await join(ann, bob)
+        async with (
+            small_node("eve", machine(world, 3), tmp_path / "e") as eve,
+            small_node("bob", machine(world, 2), tmp_path / "b"),
+        ):
+            await eve.host.dial(ann.peer, ann.host.addresses)
+            await until(lambda: is_member(ann, bob))
+            assert ann.host.connection_to(eve.peer) is not None
+
+
 async def test_a_peer_that_is_no_member_any_more_is_forgotten(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
@@ -421,6 +471,36 @@ async def test_a_node_whose_clock_was_set_back_speaks_louder_than_its_own_past(
                 return heard.engine if heard else ""
 
             await until(lambda: engine() == "new", within_s=2.0)
+
+
+async def test_a_clock_set_back_to_before_the_membership_silences_a_node_and_no_more(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Method: ann's clock is an hour back for a while, as of a machine before its first NTP."""
+    world = SimNetwork()
+    clock = Clock()
+    async with (
+        small_node(
+            "ann", machine(world, 1), tmp_path / "a", with_discovery=True, clock=clock
+        ) as ann,
+        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
+    ):
+        assert ann.discovery is not None
+        assert bob.discovery is not None
+        await join(bob, ann)
+
+        await trio.sleep(10)
+        clock.offset_s = -3600
+        ann.discovery.announce(engine="unheard")
+        await trio.sleep(ANNOUNCE_INTERVAL_S + 20)
+        clock.offset_s = 0
+        ann.discovery.announce(engine="heard")
+
+        def engine() -> str:
+            heard = bob.discovery.announcement(ann.peer)
+            return heard.engine if heard else ""
+
+        await until(lambda: engine() == "heard")
 
 
 async def push(node: SmallNode, target: SmallNode, sealed: bytes) -> MessageStream:

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import trio
 from small_nodes import Clock, small_node, until
+from zeroconf import EventLoopBlocked, ServiceInfo
 
 from swarmpy.abc import Address, DiscoverySource, Sighting
+from swarmpy.discovery import mdns
 from swarmpy.discovery.mdns import MdnsSource
 from swarmpy.environment import Environment
 from swarmpy.identity import Identity
@@ -201,3 +203,36 @@ async def test_where_multicast_is_impossible_the_source_says_why_and_returns(
 
     (record,) = [item for item in caplog.records if item.name == "swarmpy.discovery.mdns"]
     assert record.getMessage() == "mdns.unavailable"
+
+
+async def test_a_starved_library_is_told_again_under_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Goal: a machine that is too busy for a moment costs a round, not the node."""
+    told: list[str] = []
+
+    class Link:
+        def register_service(self, info: ServiceInfo, *, cooperating_responders: bool) -> None:
+            told.append(info.name)
+            if len(told) == 1:
+                raise EventLoopBlocked
+
+        def send(self, question: object) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(mdns, "_open_link", lambda *_: Link())
+    monkeypatch.setattr(mdns, "ASK_PAUSE_S", 0.01)
+    environment = Environment(network=TcpNetwork(), folder=tmp_path, cache_folder=tmp_path)
+    address = Address("/ip4/127.0.0.1/tcp/4003")
+    source = MdnsSource(Identity(b"w" * 32).peer_id, lambda: [address], environment)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(source.run, lambda sighting: None)
+        await until(lambda: len(told) == 2)
+        nursery.cancel_scope.cancel()
+
+    assert told[0] != told[1]
+    assert [item.getMessage() for item in caplog.records] == ["mdns.stalled"]

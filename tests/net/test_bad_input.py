@@ -34,6 +34,7 @@ from swarmpy.abc import Address, ConnectionEvent, Stream
 from swarmpy.errors import ConnectionLost, DialFailed, FrameTooLarge, HandshakeFailed
 from swarmpy.net.host import NativeHost
 from swarmpy.net.messages import MessageStream
+from swarmpy.net.peer_info import TIMEOUT_S
 from swarmpy.proto.multistream import HEADER, LINE_BYTES_MAX, Dialer, encode_line
 from swarmpy.proto.noise import HANDSHAKE_BYTES_MAX
 from swarmpy.proto.yamux import INITIAL_WINDOW_BYTES
@@ -261,6 +262,20 @@ async def test_a_stream_that_proposes_nothing_is_reset_in_time(
             break
     assert trio.current_time() == pytest.approx(config.STREAM_NEGOTIATION_TIMEOUT_S)
     assert len(host.connections) == 1
+
+
+async def test_a_peer_that_never_says_who_it_is_leaves_no_stream(
+    sim: World, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Method: the peer answers the host's identify stream with nothing, and sees it reset."""
+    host = await sim.host("host")
+    peer = await sim.raw_peer(host)
+    with trio.fail_after(TIMEOUT_S + 1):
+        while True:
+            received = await peer.receive()
+            if received[1] == WINDOW and received[3] & RST:
+                break
+    assert [connection.stream_count for connection in host.connections] == [0]
 
 
 async def test_a_long_line_on_a_stream_costs_the_stream(tcp: World) -> None:

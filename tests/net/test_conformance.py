@@ -30,6 +30,7 @@ from swarmpy.errors import (
     StreamReset,
 )
 from swarmpy.net.connection import NativeConnection
+from swarmpy.net.router import CONNECTION_PENALTY
 from swarmpy.net.stream import NativeStream
 from swarmpy.proto.yamux import INITIAL_WINDOW_BYTES
 
@@ -518,6 +519,33 @@ class TestHost:
         with pytest.raises(ConnectionLost if penalty == 10 else StreamReset):
             await receive_all(stream)
         assert len(bob.connections) == (penalty < 10)
+
+    async def test_small_breaches_add_up_to_the_connection(self, world: World) -> None:
+        alice, bob = await world.host("alice"), await world.host("bob")
+
+        async def judge(_: Stream) -> None:
+            raise RemoteProtocolError("malformed")
+
+        bob.set_handler(OTHER, judge)
+        peer = await connect(alice, bob)
+        for _ in range(CONNECTION_PENALTY - 1):
+            with pytest.raises(StreamReset):
+                await receive_all(await alice.open_stream(peer, [OTHER]))
+        with pytest.raises(ConnectionLost):
+            await receive_all(await alice.open_stream(peer, [OTHER]))
+
+    async def test_nobody_pays_for_the_breach_of_another_peer(self, world: World) -> None:
+        """Method: a handler fails at what a third peer said to it."""
+        alice, bob = await world.host("alice"), await world.host("bob")
+
+        async def judge(_: Stream) -> None:
+            raise RemoteProtocolError("forged", peer="another", penalty=CONNECTION_PENALTY)
+
+        bob.set_handler(OTHER, judge)
+        peer = await connect(alice, bob)
+        with pytest.raises(StreamReset):
+            await receive_all(await alice.open_stream(peer, [OTHER]))
+        assert len(bob.connections) == 1
 
     # Bounds ---------------------------------------------------------------------------
 

@@ -291,7 +291,7 @@ class ScriptedNode:
 
     async def create_invite(self, *, ttl_s: float, uses: int, can_invite: bool) -> InviteCreated:
         return InviteCreated(
-            code="swarm://x", words="a b c d", network="n", expires_wall_s=ttl_s, uses=uses
+            code="swarm://x", id="i", words="a b c d", network="n", expires_wall_s=ttl_s, uses=uses
         )
 
     async def inspect_invite(self, code: str) -> InviteShown:
@@ -306,7 +306,14 @@ class ScriptedNode:
         )
 
     async def join(self, code: str) -> Joined:
-        return Joined(network="n", network_id="i", issuer="attic", words="a b c d", seconds=0.1)
+        return Joined(
+            network="n",
+            network_id="i",
+            issuer="attic",
+            words="a b c d",
+            was_member=False,
+            seconds=0.1,
+        )
 
     def request_stop(self) -> None:
         self.stopping.set()

@@ -510,6 +510,19 @@ async def test_a_model_without_a_template_is_refused_clearly(api: Served) -> Non
     assert "no chat template" in error_of(response)["message"]
 
 
+async def test_a_model_whose_tokenizer_panics_costs_the_request_and_not_the_node(
+    api: Served,
+) -> None:
+    file = api.node.environment.folder / "tiny" / "tokenizer.json"
+    files = json.loads(file.read_text())
+    files["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": ""}
+    file.write_text(json.dumps(files))
+
+    for _ in range(2):
+        response = await api.chat()
+        assert (response.status_code, error_of(response)["code"]) == (422, "model_refused")
+
+
 # The model of a request that names none -----------------------------------------------
 
 

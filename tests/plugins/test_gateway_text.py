@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -185,3 +186,24 @@ def test_any_pieces_are_cut_where_the_whole_would_be(pieces: list[str], texts: l
     ends = [(whole.find(text) + len(text), whole.find(text)) for text in texts if text in whole]
     assert shown == (whole[: min(ends)[1]] if ends else whole)
     assert stops.is_found == bool(ends)
+
+
+# Hostile tokenizers -----------------------------------------------------------------
+
+
+def test_a_tokenizer_that_panics_as_it_is_read_is_refused() -> None:
+    """A panic of Rust is no Exception: uncaught it would end the node."""
+    files = json.loads(byte_tokenizer().to_str())
+    files["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": ""}
+
+    with pytest.raises(ModelRefused, match="charsmap"):
+        TextCodec(json.dumps(files), random.Random(1))
+
+
+def test_a_tokenizer_that_panics_on_a_text_is_refused() -> None:
+    files = json.loads(byte_tokenizer().to_str())
+    files["normalizer"] = {"type": "Prepend", "prepend": ""}
+    codec = TextCodec(json.dumps(files), random.Random(1))
+
+    with pytest.raises(ModelRefused, match="out of bounds"):
+        codec.encode([user("Hello")])

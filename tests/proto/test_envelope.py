@@ -58,6 +58,16 @@ def test_an_envelope_with_room_for_more_is_refused(extra: tuple[int, bytes | int
         opened(sealed() + protobuf.encode([extra]))
 
 
+def test_an_envelope_written_in_another_way_is_refused() -> None:
+    """Skipped wire types and another order are room as well."""
+    fields = protobuf.decode(sealed())
+    turned = protobuf.encode([(number, fields[number][0]) for number in (5, 1, 2, 3)])
+
+    for data in (turned, sealed() + b"\x31" + bytes(8)):
+        with pytest.raises(BadMessage, match="exactly"):
+            opened(data)
+
+
 def test_a_key_that_is_not_ed25519_is_refused() -> None:
     fields = protobuf.decode(sealed())
     parts = [(1, b"\x08\x02\x12\x20" + bytes(32))]

@@ -174,6 +174,12 @@ def test_messages_read_back(message: msgspec.Struct) -> None:
     assert decode(encode(message), InviteMessage) == message  # type: ignore[arg-type]
 
 
+def test_a_time_that_no_calendar_has_is_refused() -> None:
+    """Both sides write times as dates."""
+    with pytest.raises(BadMessage):
+        decode(encode(Refused(reason="expired", wall_s=253_402_300_800)), InviteMessage)  # type: ignore[arg-type]
+
+
 # Words ----------------------------------------------------------------------------------
 
 

@@ -47,6 +47,7 @@ def test_a_record_names_at_most_eight_addresses() -> None:
         f"dnsaddr=/dns4/example.org/tcp/1/p2p/{PEER}",
         f"dnsaddr=/ip4/1.2.3.4/udp/1/quic-v1/p2p/{PEER}",
         "dnsaddr=/ip4/1.2.3.4/tcp/1/p2p/nobody",
+        f"dnsaddr=/ip4/1.2.3.4/tcp/000000065536/p2p/{PEER}",
     ],
 )
 def test_strings_that_name_nobody_we_could_dial_are_skipped(text: str) -> None:

@@ -70,6 +70,7 @@ def test_any_text_parses_or_raises_remote_protocol_error(text: str) -> None:
         "/ip6/fe80::1%eth0/tcp/1",
         "/ip4/192.0.2.1/tcp/65536",
         "/ip4/192.0.2.1/tcp/-1",
+        "/ip4/192.0.2.1/tcp/000000065536",
         "/ip4/192.0.2.1/tcp/१",
         "/ip4/192.0.2.1/tcp/1/p2p/QmBadPeer",
         "/ip4/192.0.2.1/carrier-pigeon/1",

@@ -290,6 +290,21 @@ async def test_a_hostile_gguf_is_refused_and_not_listed(tmp_path: Path) -> None:
     assert catalog.list() == []
 
 
+@pytest.mark.parametrize("context", [-5, (1 << 28) + 1])
+async def test_a_gguf_of_any_family_with_an_absurd_context_is_refused(
+    tmp_path: Path, context: int
+) -> None:
+    metadata = {
+        "general.architecture": "gemma",
+        "gemma.block_count": 2,
+        "gemma.context_length": context,
+    }
+    (tmp_path / "model.gguf").write_bytes(gguf_bytes(metadata, llama_tensors()))
+
+    with pytest.raises(ModelRefused, match=f"max_position_embeddings is {context}"):
+        await catalog_of(tmp_path).pull(str(tmp_path / "model.gguf"))
+
+
 @pytest.mark.parametrize("name", ["../llama", "llama\x1b[2J", "", "x" * 65])
 async def test_an_architecture_that_is_no_plain_word_is_refused(tmp_path: Path, name: str) -> None:
     folder = write_model_folder(tmp_path / "model", config={"model_type": name})

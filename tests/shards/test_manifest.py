@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+from hashlib import sha256
 from pathlib import Path
 
 import msgspec
@@ -12,6 +14,7 @@ import pytest
 from shard_files import write_model_folder
 
 from swarmpy.errors import DownloadFailed, ModelRefused
+from swarmpy.shards import manifest
 from swarmpy.shards.manifest import HashCache, Manifest, build_manifest, source_files
 
 VECTORS = Path(__file__).parents[2] / "protocols" / "vectors" / "manifest.json"
@@ -89,17 +92,43 @@ def test_an_unchanged_file_is_not_read_again(tmp_path: Path) -> None:
     assert (reads, second) == ([4], first)
 
 
-def test_a_forgotten_file_is_read_again(tmp_path: Path) -> None:
+def test_a_file_that_changes_once_it_is_hashed_is_not_remembered_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state kept with a hash must be the one the bytes were read in, not a later one."""
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF")
+    hashes = HashCache(tmp_path / "cache")
+    looks = 0
+
+    def look(file: Path) -> tuple[int, int, int, int, int]:
+        nonlocal looks
+        looks += 1
+        state = state_of(file)
+        if looks == 2:  # once before the bytes are read, once after
+            path.write_bytes(b"evil, and longer")
+        return state
+
+    state_of = manifest._state_of
+    monkeypatch.setattr(manifest, "_state_of", look)
+    hashes.sha256(path, lambda done: None)
+    monkeypatch.undo()
+
+    assert hashes.sha256(path, lambda done: None) == sha256(b"evil, and longer").hexdigest()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are any bytes on Linux only")
+def test_a_link_to_a_file_whose_name_is_no_text_is_hashed(tmp_path: Path) -> None:
+    target = os.fsencode(tmp_path) + b"/\xff.bin"
+    Path(os.fsdecode(target)).write_bytes(b"GGUF")
+    (tmp_path / "model.gguf").symlink_to(os.fsdecode(target))
     reads: list[int] = []
     hashes = HashCache(tmp_path / "cache")
-    hashes.sha256(path, reads.append)
 
-    hashes.forget(path)
+    for _ in range(2):
+        assert hashes.sha256(tmp_path / "model.gguf", reads.append) == sha256(b"GGUF").hexdigest()
 
-    hashes.sha256(path, reads.append)
-    assert reads == [4, 4]
+    assert reads == [4]
 
 
 def test_damaged_memory_of_hashes_costs_only_time(tmp_path: Path) -> None:

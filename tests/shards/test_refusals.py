@@ -38,7 +38,9 @@ def test_every_configuration_file_of_a_folder_is_looked_into(tmp_path: Path, nam
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("num_hidden_layers", 10**9, "expected 0 to 2048"),
+        ("num_hidden_layers", 10**9, "expected 0 to 1024"),
+        ("n_positions", 10**30, "expected 0 to"),
+        ("n_ctx", 1 << 63, "expected 0 to"),
         ("hidden_size", -1, "expected 0 to"),
         ("vocab_size", "many", "expected a whole number"),
         ("vocab_size", True, "expected a whole number"),

@@ -10,9 +10,10 @@ import trio
 from small_nodes import Clock, SmallNode, machine, small_node, until
 from trio.testing import MockClock
 
-from swarmpy.abc import ProtocolId, Stream
+from swarmpy.abc import Address, ProtocolId, Stream
 from swarmpy.errors import MembershipError, NotAMember, RemoteProtocolError, StreamReset
 from swarmpy.identity import PeerId
+from swarmpy.net.host import NativeHost
 from swarmpy.net.messages import MessageStream
 from swarmpy.proto.membership import NETWORKS_MAX, Done, Hello, Proofs, network_tag
 from swarmpy.testing.network import Link, SimNetwork
@@ -305,6 +306,41 @@ async def test_a_node_may_be_in_just_so_many_networks(
             ann.membership.create_network()
 
 
+async def test_a_node_with_no_room_for_a_network_uses_up_no_code(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    async with (
+        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
+        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
+    ):
+        ann.membership.create_network()
+        code = (await ann.membership.create_invite()).code
+        for _ in range(NETWORKS_MAX):
+            bob.membership.create_network()
+
+        with pytest.raises(MembershipError, match="in 8 networks"):
+            await bob.membership.redeem(code)
+
+        assert len(ann.membership.invites()) == 1
+
+
+async def test_a_disk_that_takes_no_renewal_costs_a_warning(
+    autojump_clock: MockClock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = SimNetwork()
+    clock = Clock()
+    async with small_node("ann", machine(world, 1), tmp_path / "ann", clock=clock) as ann:
+        ann.membership.create_network()
+        ann.membership._database.execute("PRAGMA query_only = ON")
+        clock.offset_s += 25 * DAY_S
+
+        await trio.sleep(700)
+
+        assert len(ann.membership.networks()) == 1
+    assert {item.getMessage() for item in caplog.records} == {"membership.unwritable"}
+
+
 async def test_a_founder_away_for_months_signs_itself_anew(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
@@ -364,6 +400,39 @@ async def test_a_member_whose_record_is_over_elsewhere_is_told_why(
         await bob.host.dial(ann.peer, ann.host.addresses)
         with pytest.raises(NotAMember, match=r"refused .* ended \d+ s ago by this clock"):
             await bob.membership.confirm(ann.peer)
+
+
+async def test_a_refusal_cannot_command_a_terminal(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Method: a founder refuses with an escape sequence, after it showed its own membership."""
+    world = SimNetwork()
+
+    async def refuse(stream: Stream) -> None:
+        messages = MessageStream(stream)
+        await messages.receive(Hello)
+        await messages.send(Proofs(proofs=(proof,)))
+        await messages.receive(Proofs)
+        await messages.send(Done(refusal="go\x1b[2J away"))
+
+    async with small_node("ann", machine(world, 1), tmp_path / "ann") as ann:
+        ann.membership.create_network()
+        (own,) = ann.membership.own_memberships().values()
+        proof = own.proof
+        async with small_node("bob", machine(world, 2), tmp_path / "bob") as bob:
+            await join(bob, ann)
+    async with (
+        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
+        trio.open_nursery() as nursery,
+    ):
+        founder = NativeHost(ann.host.identity, machine(world, 1), random=bob.environment.random)
+        founder.set_handler(PROTOCOL, refuse)
+        await nursery.start(founder.run)
+        await bob.host.dial(ann.peer, [await founder.listen(Address("/ip4/10.0.0.1/tcp/4001"))])
+
+        with pytest.raises(NotAMember, match=r"refused .*: go\[2J away"):
+            await bob.membership.confirm(ann.peer)
+        founder.close()
 
 
 async def test_a_peer_that_ends_the_conversation_early_stays_a_stranger(

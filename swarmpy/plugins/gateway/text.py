@@ -9,14 +9,18 @@ that the unchanged tokenizer gives it. Page: docs/http-api.md, "Special tokens".
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from tokenizers import AddedToken, Tokenizer
 
 from swarmpy.errors import ModelRefused
 from swarmpy.identity import RandomBytes
 from swarmpy.plugins.gateway.errors import refuse
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 REPLACEMENT = "\ufffd"
 """What a decoder makes of bytes that are no character (yet)."""
@@ -59,9 +63,10 @@ class TextCodec:
         self._plain = _tokenizer(tokenizer_json)
         self._plain.encode_special_tokens = True
         flags = {token.content: token for token in added.values()}
-        self._plain.add_tokens(
+        _foreign(
+            self._plain.add_tokens,
             [_stand_in(stand_in, flags[text]) for text, stand_in in self._stand_ins.items()]
-            + [AddedToken(self.divider, special=False, normalized=False)]
+            + [AddedToken(self.divider, special=False, normalized=False)],
         )
         self._ids_of_stand_ins = {
             self._plain.token_to_id(stand_in): self.special_ids[text]
@@ -100,7 +105,7 @@ class TextCodec:
 
     def decode(self, ids: Sequence[int], *, with_special: bool = False) -> str:
         """Return the text of token ids; bytes that are no character become U+FFFD."""
-        return self._tokenizer.decode(ids, skip_special_tokens=not with_special)
+        return _foreign(self._tokenizer.decode, ids, skip_special_tokens=not with_special)
 
     def _marked(self, part: Written) -> str:
         if not part.by_template:
@@ -110,7 +115,8 @@ class TextCodec:
     def _encode(self, text: str) -> tuple[list[int], bool]:
         """Encode marked text; whether real special ids came out of it too, by way of the text."""
         # The batch call, other than the single one, lets other threads run meanwhile.
-        encoded: list[int] = self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        encoding = _foreign(self._plain.encode_batch_fast, [text], add_special_tokens=False)[0]
+        encoded: list[int] = encoding.ids
         ids = [
             self._ids_of_stand_ins.get(token_id, token_id)
             for token_id in encoded
@@ -190,11 +196,22 @@ class StopTexts:
         return held
 
 
-def _tokenizer(tokenizer_json: str) -> Tokenizer:
+def _foreign(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call the tokenizers library with what a model's files say.
+
+    Raises:
+        ModelRefused: It fails, or panics: a panic of Rust is no Exception and would end the node.
+    """
     try:
-        tokenizer = Tokenizer.from_str(tokenizer_json)
-    except Exception as error:  # the border to a foreign parser, which raises nothing narrower
-        raise ModelRefused(f"tokenizer.json: {error!s:.300}") from error
+        return call(*args, **kwargs)
+    except BaseException as error:  # the border to a foreign library, which raises nothing narrower
+        if isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime":
+            raise ModelRefused(f"tokenizer.json: {error!s:.300}") from error
+        raise
+
+
+def _tokenizer(tokenizer_json: str) -> Tokenizer:
+    tokenizer = _foreign(Tokenizer.from_str, tokenizer_json)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from swarmpy import abc
 from swarmpy.abc import Inspection, Shard
 from swarmpy.config import SESSIONS_MAX
+from swarmpy.environment import measured_memory_bytes
 from swarmpy.errors import DoesNotFit
 from swarmpy.pipeline.fit import fit
 
@@ -39,7 +40,6 @@ class MlxEngine(abc.Engine):
         self, folder: Path, *, start: int, end: int, slots: int, context: int, exact: bool
     ) -> Shard:
         from swarmpy.plugins.mlx import blas
-        from swarmpy.plugins.mlx.memory import available_bytes
         from swarmpy.plugins.mlx.shard import MlxShard
 
         inspection = self.inspect(folder)
@@ -52,7 +52,7 @@ class MlxEngine(abc.Engine):
         parameters = model.parameters()
         weights = sum(parameters[name].nbytes for name in recording.needs(start, end).parameters)
         terms = replace(fit(inspection, start, end, slots=slots, context=context), weights=weights)
-        available = available_bytes()
+        available = measured_memory_bytes()
         if available is not None and terms.sum_bytes > available:
             raise DoesNotFit(f"{terms}, but {available} bytes are left")
         threads = blas.set_threads_from_environment()
