@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-all
 STAMP_DEV := $(VENV)/.installed-dev
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench clean
 
 demo: $(STAMP)
 	@$(BIN)/swarmpy demo $(ARGS)

@@ -45,6 +45,7 @@ PROMPT_TOKENS = 100
 ECHO = "swarmpy.testing.engine:EchoEngine"
 ECHO_TOKENS = 600
 NODE_START_TIMEOUT_S = 60.0
+NODE_END_TIMEOUT_S = 2.0
 
 
 @dataclass
@@ -81,25 +82,23 @@ async def ring(
     count: int, *, engine: str, model: str, cache: Path, memory_bytes: int, threads: int
 ) -> AsyncIterator[list[NodeProcess]]:
     """`count` nodes in processes of their own that have joined one network and assembled a ring."""
-    async with AsyncExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="swarmpy-bench-"))
-        nursery = await stack.enter_async_context(trio.open_nursery())
-        nodes: list[NodeProcess] = []
-        for index in range(count):
-            arguments = {
-                "folder": str(Path(folder) / f"node-{index + 1}"),
-                "cache": str(cache),
-                "memory_bytes": memory_bytes,
-                "engine": engine,
-                "threads": threads,
-                "model": model,
-            }
-            command = [sys.executable, str(Path(__file__).with_name("node_process.py"))]
-            process = await trio.lowlevel.open_process(
-                [*command, json.dumps(arguments)], stdin=-1, stdout=-1
-            )
-            nodes.append(NodeProcess(process))
+    nodes: list[NodeProcess] = []
+    with tempfile.TemporaryDirectory(prefix="swarmpy-bench-") as folder:
         try:
+            for index in range(count):
+                arguments = {
+                    "folder": str(Path(folder) / f"node-{index + 1}"),
+                    "cache": str(cache),
+                    "memory_bytes": memory_bytes,
+                    "engine": engine,
+                    "threads": threads,
+                    "model": model,
+                }
+                command = [sys.executable, str(Path(__file__).with_name("node_process.py"))]
+                process = await trio.lowlevel.open_process(
+                    [*command, json.dumps(arguments)], stdin=-1, stdout=-1
+                )
+                nodes.append(NodeProcess(process))
             with trio.fail_after(NODE_START_TIMEOUT_S):
                 for node in nodes:
                     await node.read()
@@ -111,16 +110,20 @@ async def ring(
             assert len(view["stages"]) == count, f"{len(view['stages'])} stages, expected {count}"
             yield nodes
         finally:
-            with trio.move_on_after(5, shield=True):
-                for node in nodes:
-                    assert node.process.stdin is not None
-                    await node.process.stdin.aclose()
-                for node in nodes:
-                    await node.process.wait()
-            for node in nodes:
-                if node.process.returncode is None:
-                    node.process.kill()
-            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                await end(nodes)
+
+
+async def end(nodes: Sequence[NodeProcess]) -> None:
+    """Let the nodes end by themselves, and after a while by force."""
+    for node in nodes:
+        assert node.process.stdin is not None
+        await node.process.stdin.aclose()
+    for node in nodes:
+        with trio.move_on_after(NODE_END_TIMEOUT_S):
+            await node.process.wait()
+        node.process.kill()
+        await node.process.wait()
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ StreamHandler = Callable[[Stream], Awaitable[None]]
 
 
 class Gate:
-    """Who may connect and what they may ask; consulted four times. This one lets everybody in."""
+    """Who may connect and what they may ask; asked four times, and when full. This lets all in."""
 
     def allow_dial(self, peer: PeerId, address: Address) -> bool:
         """Before a dial."""
@@ -215,6 +215,10 @@ class Gate:
     def allow_stream(self, peer: PeerId, protocol: ProtocolId) -> bool:
         """Per inbound stream, before its handler runs."""
         return True
+
+    def may_drop(self, peer: PeerId) -> bool:
+        """Whether a connection to the peer may be closed to make room in a full node."""
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,16 +11,16 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import trio
 
+from swarmpy import node_status
 from swarmpy.abc import Address, DiscoverySource, Progress
 from swarmpy.config import INVITE_TTL_S, Config
 from swarmpy.discovery.cache import PeerCache
 from swarmpy.discovery.mdns import MdnsSource
-from swarmpy.discovery.service import Discovery, PeerView
+from swarmpy.discovery.service import Discovery
 from swarmpy.discovery.trust import Trust
 from swarmpy.environment import Environment, available_memory_bytes
 from swarmpy.errors import ConfigError, EngineLost, ModelNotFound, NoPipeline, StageLost
@@ -28,6 +28,7 @@ from swarmpy.extensions import engine_names
 from swarmpy.identity import Identity, PeerId
 from swarmpy.net.host import NativeHost
 from swarmpy.net.tcp import TcpNetwork
+from swarmpy.node_status import AGENT
 from swarmpy.pipeline.assembler import Assembler
 from swarmpy.pipeline.coordinator import Pipeline
 from swarmpy.pipeline.engine_host import EngineHost
@@ -35,15 +36,13 @@ from swarmpy.pipeline.planner import Capacity
 from swarmpy.pipeline.session import Generation, generate
 from swarmpy.pipeline.stage import StageService
 from swarmpy.proto.announce import AnnouncedModel, AnnouncedShard, Announcement
-from swarmpy.proto.invite import words_of
 from swarmpy.proto.pipeline import Sampling
-from swarmpy.shards.catalog import Catalog, ModelEntry
+from swarmpy.shards.catalog import Catalog
 from swarmpy.status import (
     InviteCreated,
     InviteShown,
     Joined,
     ModelStatus,
-    NetworkStatus,
     NodeStatus,
     PeerStatus,
     PipelineView,
@@ -52,9 +51,6 @@ from swarmpy.store import write_file
 from swarmpy.trust.membership import Membership
 
 logger = logging.getLogger(__name__)
-
-VERSION = version("swarmpy")
-AGENT = f"swarmpy/{VERSION}"
 
 MEMORY_SHARE = 0.75
 """Part of the available memory a node offers where no budget is set: the rest stays its owner's."""
@@ -123,7 +119,7 @@ class Node:
             config=config.engine,
             capacities=self._capacities,
             random=environment.random,
-            model_name=self._model_name,
+            model_name=self.model_name,
         )
         self._cache = PeerCache(folder / "peers.db")
         self.discovery = Discovery(
@@ -198,7 +194,7 @@ class Node:
             agent=AGENT,
             boot_id=self.environment.random.randbytes(8).hex(),
             machine_id=_machine_id(self.environment),
-            engine=self._engine_name,
+            engine=self.engine_name,
         )
         self._announce_models()
         self._announce_holdings()
@@ -356,7 +352,7 @@ class Node:
 
     async def wait_members(self, count: int) -> None:
         """Wait until `count` other members are connected and have said what they offer."""
-        while len(self._members()) < count:
+        while len(self.connected_announcements()) < count:
             await self._members_changed.wait()
 
     def _tell_members_changed(self, _: object) -> None:
@@ -375,51 +371,11 @@ class Node:
         """
         entry = await self.catalog.pull(model, on_progress)
         self._announce_models()
-        return self._model_status(entry)
+        return node_status.model_status(self, entry)
 
     def models(self) -> list[ModelStatus]:
         """Return the models that this machine has or that connected members announce, by name."""
-        found = {entry.model_id: self._model_status(entry) for entry in self.catalog.list()}
-        for announcement in self._members():
-            for model in announcement.models:
-                if model.model_id not in found:
-                    found[model.model_id] = ModelStatus(
-                        model_id=model.model_id,
-                        name=model.name,
-                        display_name=model.display_name,
-                        size_bytes=model.size_bytes,
-                        layer_count=model.layer_count,
-                        is_local=False,
-                        is_ready=False,
-                        peers=self._holders(model.model_id),
-                    )
-        return sorted(found.values(), key=lambda status: status.name)
-
-    def _model_status(self, entry: ModelEntry) -> ModelStatus:
-        return ModelStatus(
-            model_id=entry.model_id,
-            name=entry.name,
-            display_name=entry.display_name,
-            size_bytes=entry.size_bytes,
-            layer_count=entry.layer_count,
-            is_local=True,
-            is_ready=any(view.model_id == entry.model_id for view in self.pipelines()),
-            peers=self._holders(entry.model_id),
-            path=str(entry.path),
-            license=entry.license,
-            source=entry.source,
-            architecture=entry.architecture,
-            quantization=entry.quantization,
-            context_max=entry.context_max,
-            parameter_count=entry.parameter_count,
-        )
-
-    def _holders(self, model_id: str) -> tuple[str, ...]:
-        return tuple(
-            announcement.name
-            for announcement in self._members()
-            if any(model.model_id == model_id for model in announcement.models)
-        )
+        return node_status.model_statuses(self)
 
     def _model_path(self, model_id: str) -> Path | None:
         entry = self.catalog.by_id(model_id)
@@ -440,106 +396,41 @@ class Node:
 
     def peers(self) -> list[PeerStatus]:
         """Return every peer known, this node first, then in PeerId order."""
-        return [self._own_status(), *(self._peer_status(view) for view in self.discovery.peers())]
+        return node_status.peer_statuses(self)
 
     def status(self) -> NodeStatus:
         """Return what the node is doing."""
-        return NodeStatus(
-            peer=self.peer_id,
-            name=self.name,
-            version=VERSION,
-            addresses=tuple(self.host.addresses),
-            networks=tuple(self._network_statuses()),
-            engine=self._engine_name,
-            memory_bytes_max=self.stages.memory_bytes_max,
-            memory_bytes_free=self.stages.memory_bytes_free,
-            peers_connected=len(self.membership.members()),
-            pipelines=tuple(self.pipelines()),
-            shards=self._own_shards(),
-            uptime_s=trio.current_time() - self._started_s,
-            is_stopping=self._stopping.is_set(),
-        )
+        return node_status.status_of(self)
 
-    def _network_statuses(self) -> list[NetworkStatus]:
-        members = self.membership.members()
-        return [
-            NetworkStatus(
-                id=network.id,
-                name=network.name,
-                words=" ".join(words_of(network.id)),
-                is_founder=network.is_founder,
-                can_invite=network.can_invite,
-                members_connected=sum(
-                    network.id in self.membership.shared_networks(peer) for peer in members
-                ),
-                expires_wall_s=network.not_after_wall_s,
-            )
-            for network in self.membership.networks()
-        ]
-
-    def _own_shards(self) -> tuple[str, ...]:
-        return tuple(
-            f"{self._model_name(shard.model_id)} {shard.start}-{shard.end - 1}"
-            for shard in self.stages.shards
-        )
-
-    def _model_name(self, model_id: str) -> str:
+    def model_name(self, model_id: str) -> str:
+        """Return a model's name, the beginning of its id where this machine does not know it."""
         entry = self.catalog.by_id(model_id)
         return entry.name if entry else model_id[:12]
 
-    def _own_status(self) -> PeerStatus:
-        return PeerStatus(
-            peer=self.peer_id,
-            name=self.name,
-            state="self",
-            addresses=tuple(self.host.addresses),
-            source="",
-            path="",
-            rtt_ms=0.0,
-            networks=tuple(network.name for network in self.membership.networks()),
-            engine=self._engine_name,
-            memory_bytes_max=self.stages.memory_bytes_max,
-            memory_bytes_free=self.stages.memory_bytes_free,
-            models=tuple(entry.name for entry in self.catalog.list()),
-            shards=self._own_shards(),
-            agent=AGENT,
-        )
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since the node was opened."""
+        return trio.current_time() - self._started_s
 
-    def _peer_status(self, view: PeerView) -> PeerStatus:
-        told = self.discovery.announcement(view.peer)
-        connection = self.host.connection_to(view.peer)
-        names = {network.id: network.name for network in self.membership.networks()}
-        shared = self.membership.shared_networks(view.peer)
-        shards = told.shards if told else ()
-        return PeerStatus(
-            peer=view.peer,
-            name=view.name,
-            state=view.state,
-            addresses=tuple(view.addresses),
-            source=view.source,
-            path=connection.path if connection else "",
-            rtt_ms=view.rtt_ms,
-            networks=tuple(names[network] for network in names if network in shared),
-            engine=told.engine if told else "",
-            memory_bytes_max=told.memory_bytes_max if told else 0,
-            memory_bytes_free=told.memory_bytes_free if told else 0,
-            models=tuple(model.name for model in told.models) if told else (),
-            shards=tuple(
-                f"{self._model_name(shard.model_id)} {shard.start}-{shard.end - 1}"
-                for shard in shards
-            ),
-            agent=told.agent if told else "",
-        )
+    @property
+    def is_stopping(self) -> bool:
+        """Whether no more requests are admitted."""
+        return self._stopping.is_set()
 
-    # What the services ask each other -----------------------------------------------
+    @property
+    def engine_name(self) -> str:
+        """The engine's name, "" on a node that only routes."""
+        return self.engine.engine_name if self.engine else ""
 
-    def _members(self) -> list[Announcement]:
-        """Announcements of the members that are connected now."""
+    def connected_announcements(self) -> list[Announcement]:
+        """Return what the members that are connected now announce, in PeerId order."""
         return [
             announcement
             for announcement in self.discovery.announcements()
             if self.membership.is_member(PeerId(announcement.peer))
         ]
+
+    # What the services ask each other -----------------------------------------------
 
     async def _connect(self, peer: PeerId) -> object:
         """Connect to a member known only by its announcement, and prove membership."""
@@ -553,7 +444,7 @@ class Node:
     def _capacities(self, model_id: str) -> list[Capacity]:
         """What each member that may take part offers for a model, this node included."""
         capacities = [self._own_capacity(model_id)] if self.engine else []
-        for announcement in self._members():
+        for announcement in self.connected_announcements():
             if announcement.engine:
                 capacities.append(self._capacity(announcement, model_id))
         return capacities
@@ -570,7 +461,7 @@ class Node:
                 if connection.rtt_s is not None
             },
             holds_model=self._model_path(model_id) is not None,
-            engine=self._engine_name,
+            engine=self.engine_name,
             shards=tuple(
                 (shard.start, shard.end)
                 for shard in self.stages.shards
@@ -625,17 +516,17 @@ class Node:
 
     def _read_speed(self) -> float:
         """The speed this node measured in its last run with this engine, 0 without one."""
-        speed = _read_json(self.environment.folder / SPEED_FILE).get(self._engine_name, 0.0)
+        speed = _read_json(self.environment.folder / SPEED_FILE).get(self.engine_name, 0.0)
         return float(speed) if isinstance(speed, (int, float)) else 0.0
 
     def _keep_speed(self) -> None:
         if self.engine is not None and self.stages.speed_bytes_s:
-            speeds = {self._engine_name: self.stages.speed_bytes_s}
-            write_file(self.environment.folder / SPEED_FILE, json.dumps(speeds).encode())
-
-    @property
-    def _engine_name(self) -> str:
-        return self.engine.engine_name if self.engine else ""
+            speeds = {self.engine_name: self.stages.speed_bytes_s}
+            try:
+                write_file(self.environment.folder / SPEED_FILE, json.dumps(speeds).encode())
+            except ConfigError as error:
+                # A full disk: the next run measures anew.
+                logger.warning("speed.not_kept", extra={"error": str(error)})
 
 
 def _make_engine(config: Config, cache_folder: Path) -> EngineHost | None:

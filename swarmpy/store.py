@@ -72,12 +72,19 @@ def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 
 
 def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Write a file so that after a crash it holds the old bytes or the new, never both."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Write a file so that after a crash it holds the old bytes or the new, never both.
+
+    Raises:
+        ConfigError: The folder cannot be written, or the disk is full.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error

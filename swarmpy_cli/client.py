@@ -104,7 +104,8 @@ class NodeClient:
 
         nonce = system_random().randbytes(NONCE_BYTES_MIN)
         answer = self.post("/proof", {"nonce": nonce.hex()}, dict[str, str])
-        if not hmac.compare_digest(answer.get("proof", ""), proof(admin_key, nonce)):
+        expected = proof(admin_key, nonce, port=self._http.base_url.port or 0)
+        if not hmac.compare_digest(answer.get("proof", ""), expected):
             raise NetworkError(
                 f"what answers at {self._http.base_url} is not the node of {self._place}",
                 fix="Stop what took its port, or start the node again with `swarmpy run`.",

@@ -6,7 +6,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,10 @@ MEET_TIMEOUT_S = 20.0
 
 POLL_S = 0.05
 """Between two looks at who is connected."""
+
+
+EXIT_DIFFERENT = 1
+"""Exit code where --compare found other tokens: what shows a claim must be able to deny it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +123,12 @@ def demo(
                 _watch(nodes)
         except KeyboardInterrupt:
             click.echo("ending the nodes", err=True)
-    return 0
+    return 0 if tokens_agree(result) else EXIT_DIFFERENT
+
+
+def tokens_agree(result: Mapping[str, object]) -> bool:
+    """Whether the whole model gave the same tokens, where it was asked."""
+    return result.get("whole_token_ids", result["token_ids"]) == result["token_ids"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

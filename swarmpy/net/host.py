@@ -253,11 +253,22 @@ class NativeHost(Host):
                 byte_stream = await listener.accept()
             except ConnectionLost:
                 return
-            is_full = len(self._table) >= config.CONNECTIONS_MAX
-            if is_full or not self.gate.allow_address(byte_stream.remote_address):
+            has_room = len(self._table) < config.CONNECTIONS_MAX or self._make_room()
+            if not has_room or not self.gate.allow_address(byte_stream.remote_address):
                 byte_stream.close()
                 continue
             self._tasks.start_soon(self._serve_inbound, byte_stream)
+
+    def _make_room(self) -> bool:
+        """Close the oldest connection that the gate does not mind losing; False if there is none.
+
+        Strangers prove themselves quickly or not at all; they must not shut the members out.
+        """
+        for connection in self._table.oldest_first():
+            if connection.is_alive and self.gate.may_drop(connection.peer):
+                connection.close()
+                return True
+        return False
 
     async def _serve_inbound(self, byte_stream: ByteStream) -> None:
         remote = byte_stream.remote_address

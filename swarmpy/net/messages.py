@@ -21,6 +21,11 @@ JOINED_BYTES_MAX = 32 * 1024
 """Up to here the parts of a frame are joined and sent at once; larger parts are sent uncopied."""
 
 
+PIECE_BYTES_MIN = 4 * 1024
+"""Smaller pieces behind others are joined: a frame that drips in byte by byte must not cost 350
+times its size in objects."""
+
+
 class MessageStream:
     """Frames and messages over a stream. One sending and one receiving task at a time.
 
@@ -31,6 +36,7 @@ class MessageStream:
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self._pieces: deque[memoryview] = deque()
+        self._small = bytearray()  # received behind the pieces
         self._size = 0
 
     @property
@@ -120,6 +126,7 @@ class MessageStream:
 
     def _decode_head(self) -> tuple[int, int] | None:
         """Return the next frame's size and its length's bytes, None while bytes are missing."""
+        self._gather()
         head = b""
         for piece in self._pieces:
             head += piece[: wire.VARINT_BYTES_MAX - len(head)]
@@ -130,12 +137,23 @@ class MessageStream:
     async def _receive(self) -> bool:
         data = await self.stream.receive_some()
         if data:
-            self._pieces.append(memoryview(data))
             self._size += len(data)
+            if self._pieces and len(data) < PIECE_BYTES_MIN:
+                self._small += data
+            else:
+                self._gather()
+                self._pieces.append(memoryview(data))
         return bool(data)
+
+    def _gather(self) -> None:
+        """Make one piece of the small ones that came behind another."""
+        if self._small:
+            self._pieces.append(memoryview(bytes(self._small)))
+            self._small.clear()
 
     def _take(self, size: int) -> memoryview:
         """Take `size` bytes that are there: uncopied from one piece, else joined once."""
+        self._gather()
         self._size -= size
         if not size:
             return memoryview(b"")

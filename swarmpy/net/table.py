@@ -24,6 +24,10 @@ class ConnectionTable:
         """Return the connections in PeerId order."""
         return [item for peer in sorted(self._by_peer) for item in self._by_peer[peer]]
 
+    def oldest_first(self) -> list[NativeConnection]:
+        """Return the connections, those of the peers that came first in front."""
+        return [item for items in self._by_peer.values() for item in items]
+
     def count(self, peer: PeerId) -> int:
         """Return how many connections a peer has."""
         return len(self._by_peer.get(peer, ()))

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from swarmpy.errors import DownloadFailed, ModelRefused
+from swarmpy.errors import ConfigError, DownloadFailed, ModelRefused
 from swarmpy.shards.locks import hold_lock_blocking
 from swarmpy.shards.refusals import file_size
 from swarmpy.shards.safetensors import FILES_MAX, INDEX_NAME, check_plain_name, tensor_files
@@ -226,8 +226,8 @@ def write_index(path: Path, data: bytes) -> None:
     """
     try:
         write_file(path, data)
-    except OSError as error:
-        raise DownloadFailed(f"cannot write {path}: {error.strerror}") from error
+    except ConfigError as error:
+        raise DownloadFailed(str(error)) from error
 
 
 def is_model_id(text: str) -> bool:

@@ -28,3 +28,6 @@ class MembershipGate(Gate):
 
     def allow_stream(self, peer: PeerId, protocol: ProtocolId) -> bool:
         return protocol in OPEN_PROTOCOLS or self._is_admitted(peer)
+
+    def may_drop(self, peer: PeerId) -> bool:
+        return not self._is_admitted(peer)

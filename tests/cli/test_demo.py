@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from swarmpy.testing.engine import EchoModel
+from swarmpy_cli.demo import tokens_agree
 from tests.cli.echo_model import write_echo_model
 from tests.cli.processes import ECHO, END_S_MAX, ran, started
 
@@ -46,6 +47,12 @@ def test_the_demo_is_one_document_with_every_promised_key(tmp_path: Path, model:
     assert layers[-1]["end"] == 12
     assert [left["end"] for left in layers[:-1]] == [right["start"] for right in layers[1:]]
     assert sorted(layer["node"] for layer in layers) == ["node-1", "node-2", "node-3"]
+
+
+def test_other_tokens_of_the_whole_model_are_a_failure() -> None:
+    assert tokens_agree({"token_ids": [1, 2]})
+    assert tokens_agree({"token_ids": [1, 2], "whole_token_ids": [1, 2]})
+    assert not tokens_agree({"token_ids": [1, 2], "whole_token_ids": [1, 3]})
 
 
 def test_the_demo_tells_its_story(tmp_path: Path, model: str) -> None:

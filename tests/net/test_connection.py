@@ -7,11 +7,21 @@ from contextlib import suppress
 import pytest
 import trio
 import trio.testing
-from net_hosts import ECHO, World, connect, echo, exchange, identity, receive_all
+from net_hosts import (
+    ECHO,
+    World,
+    connect,
+    echo,
+    exchange,
+    identity,
+    receive_all,
+    wait_until_closed,
+)
 
 from swarmpy import config
-from swarmpy.abc import Priority, ProtocolId, Stream
-from swarmpy.errors import ConnectionLost, StreamReset
+from swarmpy.abc import Gate, Priority, ProtocolId, Stream
+from swarmpy.errors import ConnectionLost, NetworkError, StreamReset
+from swarmpy.identity import PeerId
 from swarmpy.net.table import ConnectionTable
 from swarmpy.testing import Link
 
@@ -331,3 +341,33 @@ async def test_a_stream_its_peer_never_ends_is_reset_after_the_handler(
     assert bob.connections[0].stream_count == 1  # type: ignore[attr-defined]
     await trio.sleep(10)
     assert bob.connections[0].stream_count == 0  # type: ignore[attr-defined]
+
+
+class Valued(Gate):
+    """A gate that minds losing one peer only."""
+
+    def __init__(self, peer: PeerId) -> None:
+        self._peer = peer
+
+    def may_drop(self, peer: PeerId) -> bool:
+        return peer != self._peer
+
+
+async def test_strangers_make_room_in_a_full_node_and_members_do_not(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "CONNECTIONS_MAX", 2)
+    host = await world.host("full", gate=Valued(identity("member").peer_id))
+    member, first, second, third = [
+        await world.host(name) for name in ("member", "first", "second", "third")
+    ]
+
+    for peer in (member, first, second):
+        await connect(peer, host)
+    await wait_until_closed(first)
+
+    assert member.connections
+    assert second.connections
+    host.gate = Gate()
+    with pytest.raises(NetworkError):
+        await connect(third, host)

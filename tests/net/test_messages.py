@@ -148,3 +148,14 @@ async def test_messages_and_large_frames_cross_a_connection(world: World) -> Non
     await stream.close_write()
     assert await stream.receive_or_end(Greeting) is None
     stream.reset()
+
+
+def test_a_frame_that_drips_in_byte_by_byte_is_kept_as_bytes_not_as_objects() -> None:
+    """A member could fill 350 times the memory of its frame otherwise."""
+    payload = bytes(range(256)) * 800
+    dripped = [wire.frame(payload)[index : index + 1] for index in range(len(payload) + 3)]
+    stream = MessageStream(Pieces(*dripped[:-1]))
+    with pytest.raises(RemoteProtocolError, match="inside a frame"):
+        run(stream.receive_frame(len(payload)))
+    assert len(stream._pieces) <= 2
+    assert bytes(run(MessageStream(Pieces(*dripped)).receive_frame(len(payload)))) == payload  # type: ignore[arg-type]

@@ -68,6 +68,7 @@ def test_keys_do_not_show_in_a_repr(tmp_path: Path) -> None:
     assert keys.admin not in repr(keys)
 
 
-def test_a_proof_is_a_mac_of_the_label_and_the_nonce() -> None:
-    expected = hmac.new(b"key", b"swarmpy-proof" + b"n" * 16, hashlib.sha256).hexdigest()
-    assert proof("key", b"n" * 16) == expected
+def test_a_proof_is_a_mac_of_the_label_the_port_and_the_nonce() -> None:
+    message = b"swarmpy-proof" + b"\x20\xe4" + b"n" * 16
+    expected = hmac.new(b"key", message, hashlib.sha256).hexdigest()
+    assert proof("key", b"n" * 16, port=8420) == expected

@@ -66,8 +66,10 @@ def _add_health(app: FastAPI, node: Node, keys: Keys) -> None:
         return json_response({"status": "ready", "models": served})
 
     @app.post("/proof")
-    async def prove(body: ProofRequest) -> Response:
-        return json_response({"proof": proof(keys.admin, bytes.fromhex(body.nonce))})
+    async def prove(request: Request, body: ProofRequest) -> Response:
+        _, port = request.scope.get("server") or ("", 0)
+        mac = proof(keys.admin, bytes.fromhex(body.nonce), port=port or 0)
+        return json_response({"proof": mac})
 
 
 def _add_openai(app: FastAPI, node: Node) -> None:

@@ -21,7 +21,7 @@ KEY_BYTES = 32
 """Random bytes of a key: nothing short of reading the file finds it."""
 
 PROOF_LABEL = b"swarmpy-proof"
-"""What a proof is a MAC of, before the nonce: no other use of the key makes the same bytes."""
+"""What a proof is a MAC of, before port and nonce: no other use of the key makes these bytes."""
 
 NONCE_BYTES_MIN = 16
 NONCE_BYTES_MAX = 64
@@ -83,13 +83,17 @@ def read_key(path: Path) -> str:
     return text
 
 
-def proof(admin_key: str, nonce: bytes) -> str:
+def proof(admin_key: str, nonce: bytes, *, port: int) -> str:
     """Return what only a holder of the admin key can say to a nonce, as 64 hex digits.
 
     A client on TCP asks for it before it sends the key: whoever took the node's port while the node
-    was away cannot answer.
+    was away cannot answer, nor have the node answer from the port it listens on now.
+
+    Args:
+        port: Of the socket the server answers on; the client's is the one it connected to.
     """
-    return hmac.new(admin_key.encode(), PROOF_LABEL + nonce, hashlib.sha256).hexdigest()
+    message = PROOF_LABEL + port.to_bytes(2, "big") + nonce
+    return hmac.new(admin_key.encode(), message, hashlib.sha256).hexdigest()
 
 
 def _load_or_create(path: Path, random: RandomBytes) -> str:

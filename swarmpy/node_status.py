@@ -1,0 +1,159 @@
+"""What a node shows of itself and its peers: the records of `swarmpy.status`, from its services."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from swarmpy.discovery.service import PeerView
+from swarmpy.proto.invite import words_of
+from swarmpy.shards.catalog import ModelEntry
+from swarmpy.status import ModelStatus, NetworkStatus, NodeStatus, PeerStatus
+
+if TYPE_CHECKING:
+    from swarmpy.node import Node
+
+VERSION = version("swarmpy")
+AGENT = f"swarmpy/{VERSION}"
+
+
+def model_statuses(node: Node) -> list[ModelStatus]:
+    """Return the models that this machine has or that connected members announce, by name."""
+    found = {entry.model_id: model_status(node, entry) for entry in node.catalog.list()}
+    for announcement in node.connected_announcements():
+        for model in announcement.models:
+            if model.model_id not in found:
+                found[model.model_id] = ModelStatus(
+                    model_id=model.model_id,
+                    name=model.name,
+                    display_name=model.display_name,
+                    size_bytes=model.size_bytes,
+                    layer_count=model.layer_count,
+                    is_local=False,
+                    is_ready=False,
+                    peers=_holders(node, model.model_id),
+                )
+    return sorted(found.values(), key=lambda status: status.name)
+
+
+def model_status(node: Node, entry: ModelEntry) -> ModelStatus:
+    """Return what there is to say of a model on this machine."""
+    return ModelStatus(
+        model_id=entry.model_id,
+        name=entry.name,
+        display_name=entry.display_name,
+        size_bytes=entry.size_bytes,
+        layer_count=entry.layer_count,
+        is_local=True,
+        is_ready=any(view.model_id == entry.model_id for view in node.pipelines()),
+        peers=_holders(node, entry.model_id),
+        path=str(entry.path),
+        license=entry.license,
+        source=entry.source,
+        architecture=entry.architecture,
+        quantization=entry.quantization,
+        context_max=entry.context_max,
+        parameter_count=entry.parameter_count,
+    )
+
+
+def _holders(node: Node, model_id: str) -> tuple[str, ...]:
+    return tuple(
+        announcement.name
+        for announcement in node.connected_announcements()
+        if any(model.model_id == model_id for model in announcement.models)
+    )
+
+
+def peer_statuses(node: Node) -> list[PeerStatus]:
+    """Return every peer known, this node first, then in PeerId order."""
+    return [_own_status(node), *(_peer_status(node, view) for view in node.discovery.peers())]
+
+
+def status_of(node: Node) -> NodeStatus:
+    """Return what the node is doing."""
+    return NodeStatus(
+        peer=node.peer_id,
+        name=node.name,
+        version=VERSION,
+        addresses=tuple(node.host.addresses),
+        networks=tuple(_network_statuses(node)),
+        engine=node.engine_name,
+        memory_bytes_max=node.stages.memory_bytes_max,
+        memory_bytes_free=node.stages.memory_bytes_free,
+        peers_connected=len(node.membership.members()),
+        pipelines=tuple(node.pipelines()),
+        shards=_own_shards(node),
+        uptime_s=node.uptime_s,
+        is_stopping=node.is_stopping,
+    )
+
+
+def _network_statuses(node: Node) -> list[NetworkStatus]:
+    members = node.membership.members()
+    return [
+        NetworkStatus(
+            id=network.id,
+            name=network.name,
+            words=" ".join(words_of(network.id)),
+            is_founder=network.is_founder,
+            can_invite=network.can_invite,
+            members_connected=sum(
+                network.id in node.membership.shared_networks(peer) for peer in members
+            ),
+            expires_wall_s=network.not_after_wall_s,
+        )
+        for network in node.membership.networks()
+    ]
+
+
+def _own_shards(node: Node) -> tuple[str, ...]:
+    return tuple(
+        f"{node.model_name(shard.model_id)} {shard.start}-{shard.end - 1}"
+        for shard in node.stages.shards
+    )
+
+
+def _own_status(node: Node) -> PeerStatus:
+    return PeerStatus(
+        peer=node.peer_id,
+        name=node.name,
+        state="self",
+        addresses=tuple(node.host.addresses),
+        source="",
+        path="",
+        rtt_ms=0.0,
+        networks=tuple(network.name for network in node.membership.networks()),
+        engine=node.engine_name,
+        memory_bytes_max=node.stages.memory_bytes_max,
+        memory_bytes_free=node.stages.memory_bytes_free,
+        models=tuple(entry.name for entry in node.catalog.list()),
+        shards=_own_shards(node),
+        agent=AGENT,
+    )
+
+
+def _peer_status(node: Node, view: PeerView) -> PeerStatus:
+    told = node.discovery.announcement(view.peer)
+    connection = node.host.connection_to(view.peer)
+    names = {network.id: network.name for network in node.membership.networks()}
+    shared = node.membership.shared_networks(view.peer)
+    shards = told.shards if told else ()
+    return PeerStatus(
+        peer=view.peer,
+        name=view.name,
+        state=view.state,
+        addresses=tuple(view.addresses),
+        source=view.source,
+        path=connection.path if connection else "",
+        rtt_ms=view.rtt_ms,
+        networks=tuple(names[network] for network in names if network in shared),
+        engine=told.engine if told else "",
+        memory_bytes_max=told.memory_bytes_max if told else 0,
+        memory_bytes_free=told.memory_bytes_free if told else 0,
+        models=tuple(model.name for model in told.models) if told else (),
+        shards=tuple(
+            f"{node.model_name(shard.model_id)} {shard.start}-{shard.end - 1}" for shard in shards
+        ),
+        agent=told.agent if told else "",
+    )
