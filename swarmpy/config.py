@@ -169,7 +169,7 @@ class Config:
         """Return a copy with `values` by section and key set.
 
         Raises:
-            ConfigError: A section or key is unknown, or a value has another type or is out of range.
+            ConfigError: A section or key is unknown, or a value is of another type or out of range.
         """
         sections = {item.name: item for item in fields(self)}
         config = self

@@ -23,7 +23,7 @@ from swarmpy_cli.console import Step, Steps, print_reply, show_bytes, show_secon
 from swarmpy_cli.context import Settings, json_option, print_json
 from swarmpy_cli.demo_nodes import DemoNode, DemoNodes, demo_nodes
 from swarmpy_cli.replies import Question, Reply, stream_reply
-from swarmpy_cli.run import run_async
+from swarmpy_cli.run import program, run_async
 from swarmpy_cli.status import print_pipeline
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ class _Story:
         if self.is_json:
             print_json(result)
         if is_kept:
-            at = f"swarmpy --data-dir {node.folder}"
+            at = f"{program()} --data-dir {node.folder}"
             self.steps.line(f"talk to it:      {at} chat")
             self.steps.line(
                 f"or by HTTP:      export OPENAI_BASE_URL={node.wait_ready().base_url} "
@@ -292,7 +292,9 @@ class _Story:
             )
             self.steps.line("The nodes run until Ctrl-C.")
         else:
-            self.steps.line("next: `swarmpy run` here, and `swarmpy join CODE` on another machine")
+            self.steps.line(
+                f"next: `{program()} run` here, and `swarmpy join CODE` on another machine"
+            )
 
     def _flags(self, plan: Plan, budget: int) -> list[str]:
         settings = {

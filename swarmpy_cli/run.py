@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, Unpack
 
 import click
@@ -289,11 +292,21 @@ async def prepare_model(node: Node, steps: Steps, model: str | None) -> str | No
     return None
 
 
+def program() -> str:
+    """Return how a user calls swarmpy here: by name where the shell finds it, else by its path."""
+    installed = Path(sys.executable).with_name("swarmpy")
+    if shutil.which("swarmpy") or not installed.exists():
+        return "swarmpy"
+    here = Path.cwd()
+    near = installed.relative_to(here) if installed.is_relative_to(here) else installed
+    return shlex.quote(str(near))
+
+
 def command_prefix(settings: Settings) -> str:
     """Return how a user calls swarmpy for this data folder."""
     if settings.folder == default_folder().absolute():
-        return "swarmpy"
-    return f"swarmpy --data-dir {shlex.quote(str(settings.folder))}"
+        return program()
+    return f"{program()} --data-dir {shlex.quote(str(settings.folder))}"
 
 
 async def _wait_members_known(node: Node) -> None:

@@ -169,19 +169,19 @@ class HashCache:
         Raises:
             ModelRefused: The file cannot be read, or changed while it was.
         """
-        state = _state_of(file)
+        state = state_of(file)
         known = self._read().get(_key_of(file))
         if known is not None and known.state == state:
             return known.sha256
         digest = hash_file(file, report)
-        if _state_of(file) != state:
+        if state_of(file) != state:
             raise ModelRefused(f"{file} changed while it was read; try again")
         self._put(file, _Remembered(state, digest))
         return digest
 
     def remember(self, file: Path, sha256: str) -> None:
         """Remember a hash that was computed while the file was written."""
-        self._put(file, _Remembered(_state_of(file), sha256))
+        self._put(file, _Remembered(state_of(file), sha256))
 
     def _put(self, file: Path, entry: _Remembered) -> None:
         with hold_lock_blocking(self._lock):
@@ -240,7 +240,12 @@ def _key_of(file: Path) -> str:
     return os.fsencode(file.resolve()).decode("utf-8", "backslashreplace")
 
 
-def _state_of(file: Path) -> tuple[int, int, int, int, int]:
+def state_of(file: Path) -> tuple[int, int, int, int, int]:
+    """Return what changes when a file does: its size, times, device and inode.
+
+    Raises:
+        ModelRefused: The file cannot be read.
+    """
     try:
         status = os.stat(file)
     except OSError as error:

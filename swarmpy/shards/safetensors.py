@@ -132,7 +132,9 @@ def parse_header(data: bytes, *, path: Path, file_bytes: int) -> SafetensorsHead
         raise ModelRefused(f"{path.name}: header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise ModelRefused(f"{path.name}: header is no JSON object")
-    metadata = header.pop("__metadata__", None) or {}  # MLX writes null where it has none
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:  # MLX writes null where it has none.
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ModelRefused(f"{path.name}: __metadata__ must map text to text")
     if len(header) > TENSORS_MAX:

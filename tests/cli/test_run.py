@@ -14,6 +14,7 @@ from swarmpy.errors import SwarmError
 from swarmpy.status import NodeStatus
 from swarmpy_cli.client import NodeClient, connect
 from swarmpy_cli.replies import Question, Reply, stream_reply
+from swarmpy_cli.run import program
 from tests.cli.echo_model import write_echo_model
 from tests.cli.processes import (
     ECHO,
@@ -58,8 +59,24 @@ def test_start_up_ends_with_the_three_lines_to_copy(home: Path, model: str) -> N
     assert lines[0].startswith("export OPENAI_BASE_URL=http://127.0.0.1:")
     assert "/v1 OPENAI_API_KEY=sk-" in lines[0]
     assert lines[1].startswith("swarmpy join swarm://")
-    assert lines[2].startswith(f"swarmpy --data-dir {home} chat ")
+    assert lines[2].startswith(f"{program()} --data-dir {home} chat ")
     assert node.returncode == 0
+
+
+def test_commands_to_copy_name_the_program_as_this_shell_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`make demo` installs into a folder that is on nobody's PATH."""
+    installed = tmp_path / ".venv" / "bin" / "swarmpy"
+    installed.parent.mkdir(parents=True)
+    installed.touch(mode=0o755)
+    monkeypatch.setattr("sys.executable", str(installed.with_name("python")))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program() == str(installed)
+    monkeypatch.chdir(tmp_path)
+    assert program() == ".venv/bin/swarmpy"
+    monkeypatch.setenv("PATH", str(installed.parent))
+    assert program() == "swarmpy"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -28,6 +28,27 @@ def test_mlx_computes_with_openblas() -> None:
 
 
 @on_linux
+def test_the_machines_load_does_not_choose_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that wait for a busy core made OpenBLAS look slow, and the slow library was taken.
+
+    Method: how many threads it has while it is timed, and afterwards.
+    """
+    library, timed = blas._library(), []
+    library.scipy_openblas_set_num_threads(2)
+
+    def measure() -> float:
+        timed.append(library.scipy_openblas_get_num_threads())
+        return 10.0 ** len(timed)
+
+    monkeypatch.setattr(blas, "_bound", None)
+    monkeypatch.setattr(blas, "_measure_gflops", measure)
+
+    assert blas.bind_openblas().name.startswith("openblas ")
+    assert timed[-1] == 1
+    assert library.scipy_openblas_get_num_threads() == 2
+
+
+@on_linux
 def test_the_table_of_functions_is_left_as_protected_as_it_was() -> None:
     before = blas._find_slot().protection
 

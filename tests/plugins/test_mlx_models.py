@@ -84,6 +84,29 @@ def test_a_missing_tensor_is_refused(tmp_path: Path) -> None:
         MlxEngine().inspect(folder)
 
 
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_files_that_changed_since_they_were_inspected_are_read_anew(
+    tmp_path: Path, is_replaced: bool
+) -> None:
+    """A child that inspected a model waits for a load; meanwhile another model may take its place.
+
+    Method: new weights of the same shapes, by a new file or written into the old one.
+    """
+    folder, engine = save_model(tmp_path / "model", "llama"), MlxEngine()
+    engine.inspect(folder)
+    path, new = folder / "model.safetensors", tmp_path / "new.safetensors"
+    weights = {name: array * 2 for name, array in mx.load(str(path)).items()}
+    mx.save_safetensors(str(new), weights, {"format": "mlx"})
+    if is_replaced:
+        new.replace(path)
+    else:
+        path.write_bytes(new.read_bytes())
+
+    shard = engine.load(folder, start=0, end=LAYERS, slots=1, context=64, exact=True)
+
+    np.testing.assert_array_equal(run(shard, [1, 2, 3], 0), run(load(folder), [1, 2, 3], 0))
+
+
 def test_half_precision_weights_are_computed_in_float32_on_a_cpu(tmp_path: Path) -> None:
     """Method: the same numbers stored as bfloat16 and as float32 must give the same bits."""
     folders = [save_model(tmp_path / name, "llama") for name in ("bf16", "f32")]

@@ -109,8 +109,8 @@ def test_a_file_that_changes_once_it_is_hashed_is_not_remembered_as_it_was(
             path.write_bytes(b"evil, and longer")
         return state
 
-    state_of = manifest._state_of
-    monkeypatch.setattr(manifest, "_state_of", look)
+    state_of = manifest.state_of
+    monkeypatch.setattr(manifest, "state_of", look)
     hashes.sha256(path, lambda done: None)
     monkeypatch.undo()
 

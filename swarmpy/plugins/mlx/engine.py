@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import atexit
 import platform
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,16 +24,27 @@ if TYPE_CHECKING:
     from swarmpy.plugins.mlx.recording import Layers, Recording
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A model that a load may use as it was inspected."""
+
+    state: object
+    """Of its files, when they were opened."""
+    model: OpenModel
+    layers: Layers
+    recording: Recording
+
+
 class MlxEngine(abc.Engine):
     """Runs layer ranges with MLX."""
 
     name = "mlx"
 
     def __init__(self) -> None:
-        self._opened: tuple[Path, OpenModel, Layers, Recording] | None = None
+        self._opened: _Opened | None = None
 
     def inspect(self, folder: Path) -> Inspection:
-        _, model, _, recording = self._open(folder)
+        model, _, recording = self._open(folder)
         return describe(model, recording, build_id=_build_id(model))
 
     def load(
@@ -48,7 +59,7 @@ class MlxEngine(abc.Engine):
                 f"{slots} slots asked for, but {inspection.architecture} runs "
                 f"{inspection.slots_max} session at a time"
             )
-        _, model, layers, recording = self._open(folder)
+        model, layers, recording = self._open(folder)
         parameters = model.parameters()
         weights = sum(parameters[name].nbytes for name in recording.needs(start, end).parameters)
         terms = replace(fit(inspection, start, end, slots=slots, context=context), weights=weights)
@@ -71,19 +82,20 @@ class MlxEngine(abc.Engine):
             progress=self.progress,
         )
 
-    def _open(self, path: Path) -> tuple[Path, OpenModel, Layers, Recording]:
-        """Open and record a model, or return the one opened last if it is the same."""
-        from swarmpy.plugins.mlx.models import open_model, refuse_failures
+    def _open(self, path: Path) -> tuple[OpenModel, Layers, Recording]:
+        """Open and record a model, or return the one opened last if no file of it has changed."""
+        from swarmpy.plugins.mlx.models import files_state, open_model, refuse_failures
         from swarmpy.plugins.mlx.recording import Layers, record
 
-        if self._opened is None or self._opened[0] != path:
+        state = files_state(path)
+        if self._opened is None or self._opened.state != state:
             self._opened = None
             _prepare()
             model = open_model(path)
             layers = Layers(model.module)
             recording = refuse_failures(model.architecture, partial(record, model.module, layers))
-            self._opened = (path, model, layers, recording)
-        return self._opened
+            self._opened = _Opened(state, model, layers, recording)
+        return self._opened.model, self._opened.layers, self._opened.recording
 
 
 def describe(model: OpenModel, recording: Recording, *, build_id: str) -> Inspection:

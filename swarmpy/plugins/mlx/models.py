@@ -28,6 +28,7 @@ from swarmpy.errors import ModelRefused
 from swarmpy.shards.gguf import GgufHeader, dequantize
 from swarmpy.shards.gguf import read_header as read_gguf_header
 from swarmpy.shards.llama import llama_config
+from swarmpy.shards.manifest import state_of
 from swarmpy.shards.refusals import check_folder
 from swarmpy.shards.safetensors import read_folder, tensor_bytes, tensor_files
 
@@ -106,6 +107,16 @@ class OpenModel:
             if progress is not None:
                 progress(Progress(step="load", done=done, total=total))
         return total
+
+
+def files_state(path: Path) -> object:
+    """Return what changes when a file that `open_model` reads does.
+
+    Raises:
+        ModelRefused: A file is missing.
+    """
+    files = [path / "config.json", *tensor_files(path)] if path.is_dir() else [path]
+    return [(file, state_of(file)) for file in files]
 
 
 def open_model(path: Path) -> OpenModel:
