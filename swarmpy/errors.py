@@ -30,7 +30,7 @@ class ConfigError(SwarmError):
 class ExtensionNotFound(SwarmError):
     """No installed package provides the extension that was asked for."""
 
-    advice = "Install it: pip install 'swarmpy[all]'."
+    advice = "Install swarmpy with the extra 'all'."
 
 
 # Network --------------------------------------------------------------------

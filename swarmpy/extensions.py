@@ -34,7 +34,7 @@ def engine_class(name: str) -> type[Engine]:
     except ImportError as error:
         raise ExtensionNotFound(
             f"engine {name!r} cannot be imported: {error}",
-            fix=f"Install what it needs: pip install 'swarmpy[{name}]'.",
+            fix=f"Install swarmpy with the extra '{name}'.",
         ) from error
     if not (isinstance(loaded, type) and issubclass(loaded, Engine)):
         raise ExtensionNotFound(f"{point.value} is no swarmpy engine")

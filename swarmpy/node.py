@@ -371,7 +371,7 @@ class Node:
         """
         entry = await self.catalog.pull(model, on_progress)
         self._announce_models()
-        return node_status.model_status(self, entry)
+        return node_status.model_status(entry)
 
     def models(self) -> list[ModelStatus]:
         """Return the models that this machine has or that connected members announce, by name."""

@@ -19,7 +19,13 @@ AGENT = f"swarmpy/{VERSION}"
 
 def model_statuses(node: Node) -> list[ModelStatus]:
     """Return the models that this machine has or that connected members announce, by name."""
-    found = {entry.model_id: model_status(node, entry) for entry in node.catalog.list()}
+    ready = {view.model_id for view in node.pipelines()}
+    found = {
+        entry.model_id: model_status(
+            entry, is_ready=entry.model_id in ready, peers=_holders(node, entry.model_id)
+        )
+        for entry in node.catalog.list()
+    }
     for announcement in node.connected_announcements():
         for model in announcement.models:
             if model.model_id not in found:
@@ -36,7 +42,9 @@ def model_statuses(node: Node) -> list[ModelStatus]:
     return sorted(found.values(), key=lambda status: status.name)
 
 
-def model_status(node: Node, entry: ModelEntry) -> ModelStatus:
+def model_status(
+    entry: ModelEntry, *, is_ready: bool = False, peers: tuple[str, ...] = ()
+) -> ModelStatus:
     """Return what there is to say of a model on this machine."""
     return ModelStatus(
         model_id=entry.model_id,
@@ -45,8 +53,8 @@ def model_status(node: Node, entry: ModelEntry) -> ModelStatus:
         size_bytes=entry.size_bytes,
         layer_count=entry.layer_count,
         is_local=True,
-        is_ready=any(view.model_id == entry.model_id for view in node.pipelines()),
-        peers=_holders(node, entry.model_id),
+        is_ready=is_ready,
+        peers=peers,
         path=str(entry.path),
         license=entry.license,
         source=entry.source,

@@ -13,12 +13,21 @@ from swarmpy_cli.context import Settings, json_option, print_json
 from swarmpy_cli.models import served_choice
 from swarmpy_cli.replies import Question, Reply, stream_reply
 
+TEMPERATURE = 0.3
+"""Small models, which is what runs where nothing else fits, ramble at the API's default of 1."""
+
 
 @click.command()
 @click.argument("prompt", required=False)
 @click.option("--model", help="Model to ask (default: the one the swarm serves).")
 @click.option("--system", help="System message, put before the conversation.")
-@click.option("--temperature", type=float, help="0 always takes the likeliest token.")
+@click.option(
+    "--temperature",
+    type=float,
+    default=TEMPERATURE,
+    show_default=True,
+    help="0 always takes the likeliest token.",
+)
 @click.option("--top-p", type=float, help="Sample from the likeliest tokens of this probability.")
 @click.option("--seed", type=int, help="Repeat a sampled reply.")
 @click.option("--max-tokens", type=int, help="Longest reply, in tokens.")

@@ -216,7 +216,7 @@ def connect(folder: Path) -> Iterator[NodeClient]:
     except ImportError as error:
         raise ExtensionNotFound(
             "this command talks to the node over HTTP, which needs httpx",
-            fix="Install it: pip install 'swarmpy[gateway]'.",
+            fix="Install swarmpy with the extra 'gateway'.",
         ) from error
     timeout = httpx.Timeout(CALL_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     address = read_node_file(folder)

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from swarmpy.errors import ModelNotFound
 from swarmpy.status import ModelStatus, PeerStatus
-from swarmpy_cli.client import NodeClient, connect
+from swarmpy_cli.client import NodeClient, NoNodeRunning, ProgressShown, connect
 from swarmpy_cli.console import Steps, print_table, show_bytes
 from swarmpy_cli.context import Settings, json_option, print_json
+
+if TYPE_CHECKING:
+    from swarmpy.abc import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +89,41 @@ def from_here(model: str) -> str:
     return str(path.absolute()) if is_path else model
 
 
+def known_models(settings: Settings) -> list[ModelStatus]:
+    """Return the models of this machine, and of connected members while a node runs."""
+    try:
+        with connect(settings.folder) as node:
+            return node.get("/admin/models", list[ModelStatus])
+    except NoNodeRunning:
+        from swarmpy.node_status import model_status
+        from swarmpy.shards.catalog import Catalog
+
+        return [model_status(entry) for entry in Catalog(settings.cache_folder).list()]
+
+
+def pull_model(settings: Settings, model: str, progress: ProgressShown) -> ModelStatus:
+    """Fetch a model through the node that runs, which then offers it; else by ourselves."""
+    try:
+        with connect(settings.folder) as node:
+            return node.post_with_progress(
+                "/admin/models/pull", {"model": model}, ModelStatus, progress
+            )
+    except NoNodeRunning:
+        import trio
+
+        from swarmpy.node_status import model_status
+        from swarmpy.shards.catalog import Catalog
+
+        def report(done: Progress) -> None:
+            progress(done.step, done.done, done.total, done.unit)
+
+        catalog = Catalog(settings.cache_folder)
+        return model_status(trio.run(catalog.pull, model, report))
+
+
 @click.group()
 def models() -> None:
-    """List, fetch and describe models."""
+    """List, fetch and describe models; a node need not run."""
 
 
 @models.command("list")
@@ -95,8 +131,7 @@ def models() -> None:
 @click.pass_obj
 def list_models(settings: Settings, /, is_json: bool) -> None:
     """List the models this machine has or a connected member announces."""
-    with connect(settings.folder) as node:
-        known = node.get("/admin/models", list[ModelStatus])
+    known = known_models(settings)
     if is_json:
         print_json({"models": msgspec.to_builtins(known)})
         return
@@ -126,10 +161,8 @@ def list_models(settings: Settings, /, is_json: bool) -> None:
 def pull(settings: Settings, /, model: str, is_json: bool) -> None:
     """Fetch MODEL (a name, or a folder in Hugging Face layout) and check it."""
     steps = Steps(is_json=is_json)
-    with connect(settings.folder) as node, steps.step(f"model {model}") as step:
-        pulled = node.post_with_progress(
-            "/admin/models/pull", {"model": from_here(model)}, ModelStatus, step.progress
-        )
+    with steps.step(f"model {model}") as step:
+        pulled = pull_model(settings, from_here(model), step.progress)
     if is_json:
         print_json(msgspec.to_builtins(pulled))
     else:
@@ -142,8 +175,7 @@ def pull(settings: Settings, /, model: str, is_json: bool) -> None:
 @click.pass_obj
 def show(settings: Settings, /, model: str, is_json: bool) -> None:
     """Describe MODEL, by its name or id."""
-    with connect(settings.folder) as node:
-        known = node.get("/admin/models", list[ModelStatus])
+    known = known_models(settings)
     found = [item for item in known if model in (item.name, item.model_id, item.display_name)]
     if not found:
         names = ", ".join(item.name for item in known) or "none"

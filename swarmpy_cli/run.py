@@ -213,7 +213,7 @@ class _Job:
         except ImportError as error:
             raise ExtensionNotFound(
                 f"the HTTP endpoint needs packages that are not installed: {error}",
-                fix="pip install 'swarmpy[gateway]', or run with --set gateway.enabled=false.",
+                fix="Install swarmpy with the extra 'gateway', or --set gateway.enabled=false.",
             ) from error
         address: GatewayAddress = await nursery.start(gateway.serve, node)
         self.steps.line(f"  endpoint {address.openai_url}")

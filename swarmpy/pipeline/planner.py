@@ -338,7 +338,7 @@ class _Search:
             else f"{peer.name} does not have the model"
             for peer in asked
         ]
-        who = ", ".join(offers) or "nobody: no peer with an engine is connected"
+        who = ", ".join(offers) or "nobody: no peer with an engine is connected, or is left"
         return (
             f"the model needs {self.terms(0, self._count)}; {missing} bytes "
             f"({format_bytes(missing)}) are missing, for layers {start}-{self._count - 1}; "

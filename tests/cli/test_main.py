@@ -18,9 +18,6 @@ NEEDS_A_NODE = (
     ("peers",),
     ("status",),
     ("invite",),
-    ("models", "list"),
-    ("models", "pull", "anything"),
-    ("models", "show", "anything"),
     ("chat", "hello"),
 )
 

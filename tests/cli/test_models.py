@@ -8,6 +8,8 @@ import pytest
 
 from swarmpy.status import ModelStatus, PeerStatus
 from swarmpy_cli.models import choices, from_here
+from tests.cli.echo_model import write_echo_model
+from tests.cli.processes import Swarmpy
 
 
 def model(
@@ -92,3 +94,18 @@ def test_a_models_name_goes_to_the_node_unchanged(name: str) -> None:
 @pytest.mark.parametrize("path", ["./folder", "../folder", "file.gguf"])
 def test_a_path_is_made_absolute_because_the_node_runs_elsewhere(path: str) -> None:
     assert Path(from_here(path)).is_absolute()
+
+
+def test_models_are_pulled_listed_and_shown_without_a_node(
+    swarmpy: Swarmpy, tmp_path: Path
+) -> None:
+    model = write_echo_model(tmp_path / "echo")
+
+    pulled = swarmpy("models", "pull", str(model), "--json").document
+    listed = swarmpy("models", "list", "--json").document["models"]
+    shown = swarmpy("models", "show", "echo", "--json").document
+
+    assert pulled == shown
+    assert listed == [shown]
+    assert shown["is_local"]
+    assert not shown["is_ready"]
