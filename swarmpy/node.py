@@ -23,7 +23,14 @@ from swarmpy.discovery.mdns import MdnsSource
 from swarmpy.discovery.service import Discovery
 from swarmpy.discovery.trust import Trust
 from swarmpy.environment import Environment, available_memory_bytes
-from swarmpy.errors import ConfigError, EngineLost, ModelNotFound, NoPipeline, StageLost
+from swarmpy.errors import (
+    ConfigError,
+    EngineLost,
+    ExtensionNotFound,
+    ModelNotFound,
+    NoPipeline,
+    StageLost,
+)
 from swarmpy.extensions import engine_names
 from swarmpy.identity import Identity, PeerId
 from swarmpy.net.host import NativeHost
@@ -530,14 +537,15 @@ class Node:
 
 
 def _make_engine(config: Config, cache_folder: Path) -> EngineHost | None:
-    """The configured engine, else the first installed; None on a node that only routes."""
-    name = config.engine.name
-    if not name:
-        installed = engine_names()
-        if not installed:
-            return None
-        name = installed[0]
-    return EngineHost(name, config=config.engine, cache_folder=cache_folder)
+    """The configured engine, else the first that is installed; None on a node that only routes."""
+    if config.engine.name:
+        return EngineHost(config.engine.name, config=config.engine, cache_folder=cache_folder)
+    for name in engine_names():
+        try:
+            return EngineHost(name, config=config.engine, cache_folder=cache_folder)
+        except ExtensionNotFound as error:
+            logger.info("engine.not_installed", extra={"engine": name, "error": str(error)})
+    return None
 
 
 def _read_json(path: Path) -> Mapping[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -251,6 +252,23 @@ async def test_engine_that_is_not_installed_is_named_with_the_fix(tmp_path: Path
 
     assert "warp" in str(caught.value)
     assert "install" in caught.value.fix.lower()
+
+
+async def test_node_without_an_engine_routes_to_the_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the extra `mlx` brings an engine; without it a node still joins and asks others."""
+    async with tcp_swarm(tmp_path, ("a",), WHOLE_BYTES) as (engine,):
+        monkeypatch.setattr("swarmpy.node.engine_names", lambda: ["none-of-this-name"])
+        settings = replace(config("router"), engine=EngineConfig(context=512))
+        async with Node.open(settings, environment(tmp_path, "router")) as router:
+            await router.pull(str(tmp_path / "echo"))
+            await router.join((await engine.create_invite()).code)
+            await router.wait_members(1)
+            generation = await router.generate("echo", PROMPT, GREEDY, max_tokens=10)
+
+            assert await tokens_of(generation) == reply(MODEL, PROMPT, 10)
+            assert [stage.name for stage in generation.pipeline.stages] == ["a"]
 
 
 async def test_own_error_comes_back_as_it_was_raised(tmp_path: Path) -> None:
