@@ -43,6 +43,7 @@ CONTEXT = 1024
 SLOTS = 2
 PROMPT_TOKENS = 100
 ECHO = "swarmpy.testing.engine:EchoEngine"
+SPIN = "spin_engine:SpinEngine"
 ECHO_TOKENS = 600
 NODE_START_TIMEOUT_S = 60.0
 NODE_END_TIMEOUT_S = 2.0
@@ -226,28 +227,36 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     replies.append(reply)
                 say(arguments, f"round {number} {name:>5}: {reply.tok_s:6.2f} tok/s")
         nursery.cancel_scope.cancel()
-    return summary(results) | {"echo_tok_s": await measure_echo(arguments, cache)}
+    echo = await replies_of_echo(arguments, ECHO, ECHO_TOKENS)
+    spin = await replies_of_echo(arguments, SPIN, arguments.tokens)
+    return summary(results) | {
+        "echo_tok_s": round(statistics.median(reply.tok_s for reply in echo), 1),
+        "hop_overhead_spin_ms_p50": round(
+            statistics.median(reply.hop_overhead_ms for reply in spin), 3
+        ),
+    }
 
 
-async def measure_echo(arguments: argparse.Namespace, cache: Path) -> float:
-    """Tokens a second of a ring of three processes whose engine computes nothing."""
+async def replies_of_echo(arguments: argparse.Namespace, engine: str, count: int) -> list[Reply]:
+    """Replies of a ring of three processes whose engine computes nothing, or spins."""
     with tempfile.TemporaryDirectory() as folder:
-        model = EchoModel(layers=12, layer_weight_bytes=50_000_000, vocabulary_size=50_000)
+        model = EchoModel(
+            layers=12, layer_weight_bytes=50_000_000, vocabulary_size=50_000, hidden_size=576
+        )
         path = model.write(Path(folder) / "echo")
         async with ring(
             3,
-            engine=ECHO,
+            engine=engine,
             model=str(path),
             cache=Path(folder) / "cache",
             memory_bytes=480_000_000,
             threads=1,
         ) as nodes:
-            rates = []
+            replies = []
             for _ in range(arguments.rounds):
-                reply = await reply_of_ring(nodes, [1, 2, 3], ECHO_TOKENS)
-                rates.append(reply.tok_s)
-                say(arguments, f"echo: {reply.tok_s:.0f} tok/s")
-    return round(statistics.median(rates), 1)
+                replies.append(await reply_of_ring(nodes, [1, 2, 3], count))
+                say(arguments, f"{engine.split(':')[1]}: {replies[-1].tok_s:.0f} tok/s")
+    return replies
 
 
 def summary(results: dict[str, list[Reply]]) -> dict[str, Any]:
