@@ -52,7 +52,7 @@ def choices(
         if model.peers
     ]
     found += [
-        Choice(model=model.name, why="it is the largest on this machine that fits")
+        Choice(model=model.name, why="no peer has one; the largest here is tried first")
         for model in by_size
         if model.is_local
     ]

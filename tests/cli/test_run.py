@@ -217,7 +217,7 @@ def test_the_model_that_is_chosen_is_said_with_the_reason(home: Path, model: str
         assert node.ready()["model"] == "echo-model"
         node.popen.send_signal(signal.SIGINT)
         errors = node.errors()
-    assert "model echo-model: it is the largest on this machine that fits" in errors
+    assert "model echo-model: no peer has one; the largest here is tried first" in errors
 
 
 def test_a_data_folder_that_is_a_file_is_one_clear_error(tmp_path: Path) -> None:
