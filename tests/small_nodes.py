@@ -137,3 +137,17 @@ async def until(condition: Callable[[], bool], *, within_s: float = 5.0) -> None
 def machine(world: SimNetwork, number: int) -> Network:
     """Return the network as machine `number` of a simulated LAN sees it."""
     return world.network(f"10.0.0.{number}")
+
+
+async def join(joiner: SmallNode, issuer: SmallNode) -> None:
+    """Let one node join the other's network, made if there is none."""
+    if not issuer.membership.networks():
+        issuer.membership.create_network()
+    await joiner.membership.redeem((await issuer.membership.create_invite()).code)
+    await issuer.membership.wait_member(joiner.peer)
+
+
+def is_member(node: SmallNode, other: SmallNode) -> bool:
+    """Whether discovery lists the other as a member."""
+    view = node.view(other.peer)
+    return view is not None and view.state == "member"

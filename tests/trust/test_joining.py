@@ -587,16 +587,3 @@ async def test_the_views_are_json(autojump_clock: MockClock, tmp_path: Path) -> 
         text = msgspec.json.encode([network, invite, *ann.membership.invites()])
 
         assert network.id.encode() in text
-
-
-async def test_the_network_key_and_database_are_private_files(
-    autojump_clock: MockClock, tmp_path: Path
-) -> None:
-    world = SimNetwork()
-    async with small_node("ann", machine(world, 1), tmp_path / "ann") as ann:
-        network = ann.membership.create_network()
-
-    key = tmp_path / "ann" / "networks" / f"{network.id}.key"
-    database = tmp_path / "ann" / "membership.db"
-    assert key.stat().st_mode & 0o777 == 0o600
-    assert database.stat().st_mode & 0o777 == 0o600

@@ -453,3 +453,16 @@ async def test_a_peer_that_ends_the_conversation_early_stays_a_stranger(
 
         assert not ann.membership.is_member(eve.peer)
         assert ann.host.connection_to(eve.peer) is not None
+
+
+async def test_the_network_key_and_database_are_private_files(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    world = SimNetwork()
+    async with small_node("ann", machine(world, 1), tmp_path / "ann") as ann:
+        network = ann.membership.create_network()
+
+    key = tmp_path / "ann" / "networks" / f"{network.id}.key"
+    database = tmp_path / "ann" / "membership.db"
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert database.stat().st_mode & 0o777 == 0o600
