@@ -3,7 +3,7 @@
 Seven interleaved rounds on one machine, same model, threads, chunks and exactness, every node in a
 process of its own on loopback. "Whole" is our engine child with all layers and no node around it.
 
-    python benchmarks/bench_pipeline.py [--json] [--rounds 7] [--tokens 48] [--threads 1]
+    python benchmarks/bench_pipeline.py [--json] [--rounds 7] [--tokens 48] [--threads 1] [--awake]
 
 Goals: split_over_whole >= 0.90, hop_overhead_ms_p50 <= 0.8, node_cpu_ms_per_token <= 4,
 echo_tok_s >= 300. benchmarks/README.md has the numbers, and what they mean.
@@ -16,17 +16,19 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import platformdirs
+import psutil
 import trio
 
 from swarmpy.abc import Row, Want
@@ -45,6 +47,9 @@ PROMPT_TOKENS = 100
 ECHO = "swarmpy.testing.engine:EchoEngine"
 SPIN = "spin_engine:SpinEngine"
 ECHO_TOKENS = 600
+AWAKE_S_MAX = 900
+"""The loop of `--awake` ends after this long in any case."""
+
 NODE_START_TIMEOUT_S = 60.0
 NODE_END_TIMEOUT_S = 2.0
 
@@ -80,7 +85,14 @@ class NodeProcess:
 
 @asynccontextmanager
 async def ring(
-    count: int, *, engine: str, model: str, cache: Path, memory_bytes: int, threads: int
+    count: int,
+    *,
+    engine: str,
+    model: str,
+    cache: Path,
+    memory_bytes: int,
+    threads: int,
+    awake: bool,
 ) -> AsyncIterator[list[NodeProcess]]:
     """`count` nodes in processes of their own that have joined one network and assembled a ring."""
     nodes: list[NodeProcess] = []
@@ -109,10 +121,39 @@ async def ring(
                     await node.do("wait_members", count=count - 1)
                 view = await nodes[0].do("prepare")
             assert len(view["stages"]) == count, f"{len(view['stages'])} stages, expected {count}"
+            if awake:
+                part(nodes)
             yield nodes
         finally:
             with trio.CancelScope(shield=True):
                 await end(nodes)
+
+
+def part(nodes: Sequence[NodeProcess]) -> None:
+    """Give the nodes the first CPU, which is kept awake, and their engine children the others."""
+    others = list(range(1, os.cpu_count() or 1))
+    for node in nodes:
+        process = psutil.Process(node.process.pid)
+        process.cpu_affinity([0])
+        for child in process.children():
+            for thread in child.threads():
+                os.sched_setaffinity(thread.id, others)
+
+
+@contextmanager
+def first_cpu_awake() -> Iterator[None]:
+    """Keep the first CPU from going to sleep, by a loop that runs where nothing else wants to."""
+    code = (
+        "import os, time; os.sched_setaffinity(0, {0}); "
+        "os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0)); "
+        f"ends = time.monotonic() + {AWAKE_S_MAX}; parent = os.getppid()\n"
+        "while time.monotonic() < ends and os.getppid() == parent: pass"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 async def end(nodes: Sequence[NodeProcess]) -> None:
@@ -215,6 +256,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     cache=cache,
                     memory_bytes=budget,
                     threads=arguments.threads,
+                    awake=arguments.awake,
                 )
             )
         for number in range(arguments.rounds + 1):
@@ -251,6 +293,7 @@ async def replies_of_echo(arguments: argparse.Namespace, engine: str, count: int
             cache=Path(folder) / "cache",
             memory_bytes=480_000_000,
             threads=1,
+            awake=arguments.awake,
         ) as nodes:
             replies = []
             for _ in range(arguments.rounds):
@@ -291,13 +334,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--awake",
+        action="store_true",
+        help="keep the first CPU awake for the nodes, the others for the engines (Linux)",
+    )
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
-    result = trio.run(measure, arguments)
+    with first_cpu_awake() if arguments.awake else nullcontext():
+        result = trio.run(measure, arguments)
     result |= {
         "rounds": arguments.rounds,
         "tokens": arguments.tokens,
         "threads": arguments.threads,
+        "awake": arguments.awake,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "load_before": round(load, 2),
