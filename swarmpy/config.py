@@ -150,9 +150,7 @@ class ModelsConfig:
     """[models]"""
 
     default: str = ""
-    """Model of a request that names none; empty: what the swarm serves, else the largest fit."""
-    allowed: tuple[str, ...] = ()
-    """Models this node may load beyond those pulled on this machine."""
+    """Model of a request that names none; empty: what the swarm serves, else the largest here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -160,8 +160,11 @@ class Node:
             ConfigError: A setting cannot be followed (an address is taken, a folder not writable).
             ExtensionNotFound: The configured engine is not installed.
         """
-        environment.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        node = cls(config, environment)
+        try:
+            environment.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            node = cls(config, environment)
+        except OSError as error:
+            raise ConfigError(f"cannot use the folder {environment.folder}: {error}") from error
         caught: list[BaseException] = []
         try:
             async with trio.open_nursery() as nursery:

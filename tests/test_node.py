@@ -271,6 +271,14 @@ async def test_node_without_an_engine_routes_to_the_members(
             assert [stage.name for stage in generation.pipeline.stages] == ["a"]
 
 
+async def test_folder_that_cannot_be_used_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a file where the folder should be")
+
+    with pytest.raises(ConfigError, match="cannot use the folder"):
+        async with Node.open(config("a"), environment(tmp_path, "a")):
+            pass
+
+
 async def test_own_error_comes_back_as_it_was_raised(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="mine"):
         async with Node.open(config("a"), environment(tmp_path, "a")):

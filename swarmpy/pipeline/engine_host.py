@@ -78,11 +78,6 @@ class EngineHost:
         self._crashes: dict[tuple[Path, int, int], deque[tuple[float, str]]] = {}
 
     @property
-    def is_in_process(self) -> bool:
-        """Whether the engine runs in the node itself (test engines do)."""
-        return self._inline is not None
-
-    @property
     def shards(self) -> Sequence[HostedShard]:
         """The shards that are loaded and alive."""
         self._shards = [shard for shard in self._shards if shard.is_alive]

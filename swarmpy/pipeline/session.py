@@ -177,7 +177,6 @@ class Generation:
         self._tokens: deque[Token] = deque()
         self._count = 0  # sampled, a stop token included
         self._next_step = 0
-        self._sent_steps = 0
         self._error: SwarmError | None = None
         self._is_closed = False
         self._changed = trio.lowlevel.ParkingLot()  # wakes the reader and the feeder
@@ -289,7 +288,6 @@ class Generation:
                 if self._is_over:
                     return
                 chunk = self._prompt[start : start + PREFILL_CHUNK]
-                self._sent_steps += 1
                 step = TokenStep(
                     session=self.id,
                     epoch=0,

@@ -143,7 +143,6 @@ class Recording:
     """By layer: the parameters of the layer object itself."""
     caches: tuple[frozenset[int], ...]
     """By layer: indexes of the caches it uses."""
-    cache_count: int
     cache_bytes: tuple[tuple[int, int], ...]
     """By cache: bytes a token, and bytes that do not grow."""
     cache_kinds: tuple[type, ...]
@@ -201,7 +200,6 @@ def record(module: nn.Module, layers: Layers) -> Recording:
         head_needs=needs[0][-1] | needs[1][-1] | needs[2][-1],
         own_parameters=own,
         caches=tuple(frozenset(used) for used in first.caches),
-        cache_count=len(first.prompt_cache),
         cache_bytes=tuple(_cache_bytes(item) for item in forwards[-1].prompt_cache),
         cache_kinds=tuple(
             {type(c): None for item in first.prompt_cache for c in flat_caches(item)}
