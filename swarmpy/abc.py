@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NewType
 
+import trio
+
 from swarmpy.identity import Identity, PeerId
 from swarmpy.proto.tensor import Hidden, Tensor, TensorSpec
 
@@ -136,7 +138,8 @@ class Connection(ABC):
     direction: Literal["inbound", "outbound"]
     path: Literal["direct", "relayed"]
     limit: int | None
-    """Bytes the path may still carry, None where it is unlimited."""
+    """Bytes the path may carry in all, None where it is unlimited. A limited connection carries
+    only streams that were opened and handlers that were set with `allow_limited`."""
     local_address: Address
     remote_address: Address
     rtt_s: float | None
@@ -148,6 +151,11 @@ class Connection(ABC):
     @abstractmethod
     def is_open(self) -> bool:
         """Whether streams can still be opened."""
+
+    @property
+    @abstractmethod
+    def heard_s(self) -> float:
+        """When anything was last heard from the peer (`trio.current_time`): a sign of life."""
 
     @abstractmethod
     def close(self) -> None:
@@ -236,6 +244,13 @@ class Host(ABC):
     identity: Identity
     gate: Gate
 
+    @abstractmethod
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run the host until `close` or cancellation; then all its connections are closed.
+
+        Started once; `nursery.start(host.run)` returns when it may listen and dial.
+        """
+
     @property
     @abstractmethod
     def addresses(self) -> Sequence[Address]:
@@ -264,6 +279,32 @@ class Host(ABC):
         """
 
     @abstractmethod
+    async def adopt(
+        self,
+        byte_stream: ByteStream,
+        *,
+        role: Literal["initiator", "responder"],
+        expected_peer: PeerId | None = None,
+        path: Literal["direct", "relayed"] = "direct",
+        limit: int | None = None,
+    ) -> Connection:
+        """Make a connection of a byte stream that came about elsewhere, and keep it.
+
+        A relayed circuit is one more byte stream, and a punched socket may be responder although it
+        dialled; so the role is the caller's to say. The byte stream is closed on any error.
+
+        Args:
+            expected_peer: Who must be at the other end; anybody else is refused.
+            limit: Bytes the path may carry in all, None where it is unlimited.
+
+        Raises:
+            HandshakeFailed: The other side is not the expected peer, or proved nothing.
+            DialFailed: The gate or a limit forbids the connection.
+            ConnectionLost: The byte stream ended.
+            PeerTimeout: The other side was silent or slow.
+        """
+
+    @abstractmethod
     async def open_stream(
         self,
         peer: PeerId,
@@ -274,10 +315,11 @@ class Host(ABC):
     ) -> Stream:
         """Open a stream to a connected peer by the first protocol it speaks.
 
-        With one protocol the negotiation is lazy and costs no round trip.
+        With one protocol the negotiation is lazy and costs no round trip. It takes the best path: a
+        direct one, else a relayed one; one with a byte limit only with `allow_limited`.
 
         Raises:
-            ConnectionLost: The peer is not connected.
+            ConnectionLost: The peer is not connected, or by a limited path alone.
             RemoteProtocolError: The peer speaks none of the protocols.
         """
 

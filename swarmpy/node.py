@@ -16,7 +16,7 @@ from pathlib import Path
 import trio
 
 from swarmpy import node_status
-from swarmpy.abc import Address, DiscoverySource, Progress
+from swarmpy.abc import Address, DiscoverySource, Host, Progress
 from swarmpy.config import INVITE_TTL_S, Config
 from swarmpy.discovery.cache import PeerCache
 from swarmpy.discovery.mdns import MdnsSource
@@ -83,17 +83,20 @@ class Node:
         catalog: Models of this machine.
     """
 
-    def __init__(self, config: Config, environment: Environment) -> None:
+    def __init__(self, config: Config, environment: Environment, host: Host | None = None) -> None:
         """Make the parts; `Node.open` runs them."""
         self.config = config
         self.environment = environment
         folder = environment.folder
-        self.identity = Identity.load_or_create(folder / "identity.key", environment.random)
+        if host is not None:
+            self.identity = host.identity
+        else:
+            self.identity = Identity.load_or_create(folder / "identity.key", environment.random)
         self.peer_id: PeerId = self.identity.peer_id
         if not config.node.name.isprintable():
             raise ConfigError("node.name holds characters that cannot be printed")
         self.name = config.node.name or self.peer_id[-8:]
-        self.host = NativeHost(
+        self.host: Host = host or NativeHost(
             self.identity,
             environment.network,
             random=environment.random,
@@ -153,8 +156,14 @@ class Node:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, config: Config, environment: Environment) -> AsyncIterator[Node]:
+    async def open(
+        cls, config: Config, environment: Environment, *, host: Host | None = None
+    ) -> AsyncIterator[Node]:
         """Open a node: listen, meet the members of its networks, serve.
+
+        Args:
+            host: How it reaches peers, and its identity; without one a `NativeHost` over
+                `environment.network` with the identity in the node's folder.
 
         Raises:
             ConfigError: A setting cannot be followed (an address is taken, a folder not writable).
@@ -162,7 +171,7 @@ class Node:
         """
         try:
             environment.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            node = cls(config, environment)
+            node = cls(config, environment, host)
         except OSError as error:
             raise ConfigError(f"cannot use the folder {environment.folder}: {error}") from error
         caught: list[BaseException] = []

@@ -154,6 +154,10 @@ class NativeConnection(Connection):
         return self._error is None and not self._is_going_away
 
     @property
+    def heard_s(self) -> float:
+        return self._heard_s
+
+    @property
     def is_alive(self) -> bool:
         """Whether bytes still move; a peer that went away may yet finish its open streams."""
         return self._error is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Literal
 
 import trio
 
@@ -235,6 +236,32 @@ class NativeHost(Host):
         if not self._may_keep(connection):
             connection.close()
             raise DialFailed(f"a connection to {peer} is not allowed, or one too many")
+        return connection
+
+    async def adopt(
+        self,
+        byte_stream: ByteStream,
+        *,
+        role: Literal["initiator", "responder"],
+        expected_peer: PeerId | None = None,
+        path: Literal["direct", "relayed"] = "direct",
+        limit: int | None = None,
+    ) -> NativeConnection:
+        self._running()
+        connection = await upgrade(
+            byte_stream,
+            role=role,
+            static=self._static,
+            random=self._random,
+            scratch=self._scratch,
+            expected_peer=expected_peer,
+            timeout_s=self._handshake_timeout_s,
+        )
+        connection.path, connection.limit = path, limit
+        if not self._may_keep(connection):
+            connection.close()
+            raise DialFailed(f"a connection to {connection.peer} is not allowed, or one too many")
+        self._keep(connection)
         return connection
 
     def _keep(self, connection: NativeConnection) -> None:
