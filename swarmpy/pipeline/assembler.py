@@ -229,6 +229,7 @@ class Assembler:
         raise missing
 
     async def _ask(self, peer: PeerId, model_id: str) -> Inspection:
+        await self._service.reach(peer)
         stream = MessageStream(await self._host.open_stream(peer, [PROTOCOL]))
         try:
             with trio.fail_after(OFFER_TIMEOUT_S):
@@ -350,6 +351,7 @@ class _Attempt:
 
         async def run() -> None:
             try:
+                await self._service.reach(peer)
                 stream = MessageStream(
                     await self._service.host.open_stream(
                         peer, [PROTOCOL], priority=Priority.CONTROL

@@ -20,6 +20,7 @@ import trio
 from swarmpy.abc import Host, Inspection, Progress, StateKind, Stream
 from swarmpy.config import PREFILL_CHUNK, SESSION_LEASE_S, STAGES_MAX
 from swarmpy.errors import (
+    ConnectionLost,
     DoesNotFit,
     LocalProtocolError,
     ModelNotFound,
@@ -130,6 +131,17 @@ class StageService:
         self._inspecting = trio.Lock()
         self._tasks: trio.MemorySendChannel[Callable[[], Awaitable[None]]] | None = None
         host.set_handler(PROTOCOL, self._serve)
+
+    async def reach(self, peer: PeerId) -> None:
+        """Make sure that this node is connected to a member, who need not be a neighbour of it.
+
+        Raises:
+            NetworkError, ProtocolError: It cannot be reached, or is no member.
+        """
+        if self._host.connection_to(peer) is None:
+            if self._connect is None:
+                raise ConnectionLost(f"{peer} is not connected")
+            await self._connect(peer)
 
     # For the node ---------------------------------------------------------------
 
@@ -452,12 +464,8 @@ class StageService:
             OfferRejected: One of them cannot be reached.
         """
         for peer in stage.receivers:
-            if self._host.connection_to(peer) is not None:
-                continue
             try:
-                if self._connect is None:
-                    raise OfferRejected(f"not connected to {peer}, the next in the ring")
-                await self._connect(peer)
+                await self.reach(peer)
             except (NetworkError, ProtocolError) as error:
                 raise OfferRejected(
                     f"cannot reach {peer}, the next in the ring: {error}"
