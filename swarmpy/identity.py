@@ -1,20 +1,22 @@
-"""Who a peer is: Ed25519 identities, PeerIds, and the signatures made with them.
+"""Who a peer is: its PeerId, our own Ed25519 identities, and the signatures made with them.
 
-A PeerId is libp2p's: the base58btc text of the identity multihash over the protobuf-encoded Ed25519
-public key (38 bytes, "12D3Koo..."), so the key can be read back out of the id.
+A PeerId is libp2p's: the base58btc text of a multihash over the protobuf-encoded public key. A
+short key (Ed25519, "12D3Koo...") is in the id itself and can be read back; of a long one (RSA,
+ECDSA, "Qm...") the id has the SHA-256.
 Spec: libp2p specs, peer-ids; protocols/identity.md.
 """
 
 from __future__ import annotations
 
+import base64
 import os
 from pathlib import Path
 from typing import NewType, Protocol
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from swarmpy.errors import BadSignature, ConfigError, RemoteProtocolError
+from swarmpy.errors import ConfigError, RemoteProtocolError
+from swarmpy.public_keys import IDENTITY_CODE, PublicKey, check_ed25519, check_multihash
 
 PeerId = NewType("PeerId", str)
 """A peer's id as base58btc text, "12D3KooW..."."""
@@ -25,24 +27,16 @@ _DIGITS = {character: value for value, character in enumerate(_ALPHABET)}
 PUBLIC_KEY_PROTOBUF_PREFIX = bytes.fromhex("08011220")
 """Protobuf of {Type: Ed25519 (1), Data: 32 bytes}; libp2p writes it in exactly this form."""
 
-_MULTIHASH_PREFIX = b"\x00\x24"
-"""Multihash code "identity", length 36."""
+_ED25519_MULTIHASH_PREFIX = IDENTITY_CODE + b"\x24" + PUBLIC_KEY_PROTOBUF_PREFIX
 
 PEER_ID_TEXT_MAX = 64
-"""Longest text tried as a PeerId: an Ed25519 id has 52 characters. Bounds the base58 arithmetic."""
+"""Longest PeerId in messages of ours: secp256k1's has 53 characters, Ed25519's 52."""
 
-_FIELD_PRIME = 2**255 - 19
-_SMALL_ORDER_Y = frozenset(
-    {
-        0,
-        1,
-        _FIELD_PRIME - 1,
-        2707385501144840649318225287225658788936804267575313519463743609750303402022,
-        _FIELD_PRIME - 2707385501144840649318225287225658788936804267575313519463743609750303402022,
-    }
-)
-"""y coordinates of the eight points whose order divides 8, under which one signature fits every
-message; OpenSSL's verifier accepts such keys (RFC 8032 leaves the check to the caller)."""
+PEER_ID_INPUT_MAX = 80
+"""Longest text tried as a PeerId: one written as a CID has up to 67 characters."""
+
+_CID_PREFIX = b"\x01\x72"
+"""CID version 1 of content type "libp2p-key": PeerIds as some tools write them."""
 
 
 class RandomBytes(Protocol):
@@ -79,29 +73,34 @@ def base58_decode(text: str) -> bytes:
     return b"\0" * zeros + number.to_bytes((number.bit_length() + 7) // 8, "big")
 
 
-def check_public_key(public_key: bytes) -> None:
-    """Refuse an Ed25519 public key that is not 32 canonical bytes of a large-order point.
-
-    Raises:
-        RemoteProtocolError: Wrong length, non-canonical y, or a small-order point.
-    """
-    if len(public_key) != 32:
-        raise RemoteProtocolError(f"Ed25519 key of {len(public_key)} bytes, expected 32")
-    y = int.from_bytes(public_key, "little") & ((1 << 255) - 1)
-    if y >= _FIELD_PRIME:
-        raise RemoteProtocolError("Ed25519 key is not canonical")
-    if y in _SMALL_ORDER_Y:
-        raise RemoteProtocolError("Ed25519 key has small order")
-
-
 def peer_id_of(public_key: bytes) -> PeerId:
     """Return the PeerId of a raw Ed25519 public key (32 bytes).
 
     Raises:
         RemoteProtocolError: The key is malformed or has small order.
     """
-    check_public_key(public_key)
-    return PeerId(base58_encode(_MULTIHASH_PREFIX + PUBLIC_KEY_PROTOBUF_PREFIX + public_key))
+    check_ed25519(public_key)
+    return PeerId(base58_encode(_ED25519_MULTIHASH_PREFIX + public_key))
+
+
+def peer_id_of_key(key: PublicKey) -> PeerId:
+    """Return the PeerId of a sound public key of any kind."""
+    return PeerId(base58_encode(key.multihash))
+
+
+def peer_id_from_bytes(multihash: bytes) -> PeerId:
+    """Return the PeerId of its binary form.
+
+    Raises:
+        RemoteProtocolError: It is not one, or the key inside it is not sound.
+    """
+    check_multihash(multihash)
+    return PeerId(base58_encode(multihash))
+
+
+def peer_id_bytes(peer: PeerId) -> bytes:
+    """Return the binary multihash of a PeerId, as multiaddrs and identify carry it."""
+    return base58_decode(peer)
 
 
 def public_key_of(peer: str) -> bytes:
@@ -110,43 +109,51 @@ def public_key_of(peer: str) -> bytes:
     Raises:
         RemoteProtocolError: The text is no Ed25519 PeerId, or its key has small order.
     """
-    return public_key_of_bytes(base58_decode(peer))
-
-
-def public_key_of_bytes(multihash: bytes) -> bytes:
-    """Return the raw Ed25519 public key inside a binary PeerId (38 bytes)."""
-    prefix = _MULTIHASH_PREFIX + PUBLIC_KEY_PROTOBUF_PREFIX
-    if len(multihash) != 38 or not multihash.startswith(prefix):
+    multihash = base58_decode(peer)
+    if not multihash.startswith(_ED25519_MULTIHASH_PREFIX):
         raise RemoteProtocolError("not the id of a peer with an Ed25519 key")
-    public_key = multihash[len(prefix) :]
-    check_public_key(public_key)
-    return public_key
-
-
-def peer_id_bytes(peer: PeerId) -> bytes:
-    """Return the binary multihash of a PeerId (38 bytes), as multiaddrs and identify carry it."""
-    return base58_decode(peer)
+    check_multihash(multihash)
+    return multihash[len(_ED25519_MULTIHASH_PREFIX) :]
 
 
 def parse_peer_id(text: str) -> PeerId:
-    """Check a text that claims to be a PeerId and return it.
+    """Check a text that claims to be a PeerId and return the id in its one form, base58btc.
+
+    A PeerId written as a CID (base32, base36 or base58btc) is taken too.
 
     Raises:
-        RemoteProtocolError: It is not one.
+        RemoteProtocolError: It is not one, or the key inside it is not sound.
     """
-    return peer_id_of(public_key_of(text))
+    if len(text) > PEER_ID_INPUT_MAX:
+        raise RemoteProtocolError(f"peer id of {len(text)} characters is too long")
+    if text.startswith(("1", "Qm")):
+        return peer_id_from_bytes(base58_decode(text))
+    cid = _decode_multibase(text)
+    if not cid.startswith(_CID_PREFIX):
+        raise RemoteProtocolError("not a peer id")
+    return peer_id_from_bytes(cid[len(_CID_PREFIX) :])
 
 
-def verify(public_key: bytes, signature: bytes, message: bytes) -> None:
-    """Check an Ed25519 signature.
+def _decode_multibase(text: str) -> bytes:
+    """Decode text behind the letter that names its base.
 
     Raises:
-        BadSignature: The signature does not fit the key and message.
+        RemoteProtocolError: The base is not known here, or a character is not of its alphabet.
     """
+    base, digits = text[:1], text[1:]
     try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
-    except (InvalidSignature, ValueError) as error:
-        raise BadSignature("the signature does not match") from error
+        match base:
+            case "b" if digits.isascii():
+                padding = "=" * (-len(digits) % 8)
+                return base64.b32decode(digits.upper() + padding)
+            case "k" if digits.isascii() and digits.isalnum():
+                number = int(digits, 36)
+                return number.to_bytes((number.bit_length() + 7) // 8, "big")
+            case "z":
+                return base58_decode(digits)
+    except ValueError as error:
+        raise RemoteProtocolError(f"not a peer id: {error}") from error
+    raise RemoteProtocolError("not a peer id")
 
 
 class Identity:

@@ -10,16 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from swarmpy.errors import BadMessage, FrameTooLarge
-from swarmpy.identity import (
-    PUBLIC_KEY_PROTOBUF_PREFIX,
-    Identity,
-    PeerId,
-    check_public_key,
-    peer_id_of,
-    verify,
-)
+from swarmpy.identity import PUBLIC_KEY_PROTOBUF_PREFIX, Identity, PeerId, peer_id_of_key
 from swarmpy.proto import protobuf
 from swarmpy.proto.wire import encode_varint
+from swarmpy.public_keys import KeyKind, decode_public_key, verify
 
 ENVELOPE_BYTES_MAX = 16 * 1024
 """Largest envelope: a 4 KiB record with a membership chain in it fits four times."""
@@ -32,13 +26,11 @@ _FIELDS = (1, 2, 3, 5)
 class Envelope:
     """A verified envelope. `signed` is what came over the wire; keep and forward that."""
 
+    signer: PeerId
     public_key: bytes
+    """The signer's key without its protobuf: 32 bytes of Ed25519, unless `any_key` was allowed."""
     payload: bytes
     signed: bytes
-
-    @property
-    def signer(self) -> PeerId:
-        return peer_id_of(self.public_key)
 
 
 def seal(identity: Identity, *, domain: str, payload_type: bytes, payload: bytes) -> bytes:
@@ -48,12 +40,19 @@ def seal(identity: Identity, *, domain: str, payload_type: bytes, payload: bytes
     return _encode(key, payload_type, payload, signature)
 
 
-def open_envelope(data: bytes, *, domain: str, payload_type: bytes) -> Envelope:
+def open_envelope(
+    data: bytes, *, domain: str, payload_type: bytes, any_key: bool = False
+) -> Envelope:
     """Verify an envelope's signature for `domain` and return it.
+
+    Args:
+        any_key: Take every kind of key that libp2p has. Not for what is stored and passed on:
+            anybody can turn an ECDSA signature into a second one, and so make two envelopes of one.
 
     Raises:
         FrameTooLarge: More than `ENVELOPE_BYTES_MAX`.
-        BadMessage: Not an envelope, or of another payload type.
+        BadMessage: Not an envelope, or of another payload type, or its key is not Ed25519.
+        RemoteProtocolError: Its key is not sound.
         BadSignature: The signature does not fit.
     """
     if len(data) > ENVELOPE_BYTES_MAX:
@@ -65,13 +64,11 @@ def open_envelope(data: bytes, *, domain: str, payload_type: bytes) -> Envelope:
         raise BadMessage("an envelope has exactly a key, a type, a payload and a signature")
     if kind != payload_type:
         raise BadMessage("the envelope holds another type of payload")
-    if not key.startswith(PUBLIC_KEY_PROTOBUF_PREFIX):
+    public_key = decode_public_key(key)
+    if public_key.kind is not KeyKind.ED25519 and not any_key:
         raise BadMessage("the envelope's key is not Ed25519")
-    public_key = key[len(PUBLIC_KEY_PROTOBUF_PREFIX) :]
-    check_public_key(public_key)
-    signed = _signed_bytes(domain, payload_type, payload)
-    verify(public_key, signature, signed)
-    return Envelope(public_key=public_key, payload=payload, signed=bytes(data))
+    verify(public_key, signature, _signed_bytes(domain, payload_type, payload))
+    return Envelope(peer_id_of_key(public_key), public_key.data, payload, bytes(data))
 
 
 def _encode(key: bytes, payload_type: bytes, payload: bytes, signature: bytes) -> bytes:

@@ -15,6 +15,7 @@ from swarmpy.identity import PUBLIC_KEY_PROTOBUF_PREFIX, Identity, PeerId, peer_
 from swarmpy.proto import multiaddr, protobuf
 from swarmpy.proto.envelope import open_envelope, seal
 from swarmpy.proto.wire import printable
+from swarmpy.public_keys import multihash_of
 
 PROTOCOL = "/ipfs/id/1.0.0"
 PUSH_PROTOCOL = "/ipfs/id/push/1.0.0"
@@ -69,7 +70,7 @@ def open_peer_record(data: bytes, *, peer: PeerId) -> tuple[int, tuple[str, ...]
         BadSignature: Signed by another peer, or not at all.
         BadMessage: Not a peer record.
     """
-    envelope = open_envelope(data, domain=_RECORD_DOMAIN, payload_type=_RECORD_TYPE)
+    envelope = open_envelope(data, domain=_RECORD_DOMAIN, payload_type=_RECORD_TYPE, any_key=True)
     fields = protobuf.decode(envelope.payload)
     if envelope.signer != peer or protobuf.bytes_field(fields, 1) != peer_id_bytes(peer):
         raise BadSignature(f"peer record signed by {envelope.signer}, expected {peer}")
@@ -109,7 +110,7 @@ def decode(data: bytes, *, peer: PeerId) -> IdentifyInfo:
         raise BadMessage(f"identify of {len(data)} bytes exceeds {MESSAGE_BYTES_MAX}")
     fields = protobuf.decode(data)
     key = protobuf.bytes_field(fields, 1)
-    if key and b"\x00\x24" + key != peer_id_bytes(peer):
+    if key and multihash_of(key) != peer_id_bytes(peer):
         raise BadMessage("identify carries the key of another peer")
     protocols = protobuf.bytes_fields(fields, 3)
     binary = protobuf.bytes_fields(fields, 2)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from swarmpy.errors import BadMessage, RemoteProtocolError
-from swarmpy.identity import PeerId, parse_peer_id, peer_id_bytes, peer_id_of, public_key_of_bytes
+from swarmpy.identity import PeerId, parse_peer_id, peer_id_bytes, peer_id_from_bytes
 from swarmpy.proto.wire import decode_varint, encode_varint
 
 ADDRESS_BYTES_MAX = 512
@@ -82,7 +82,7 @@ def _encode_peer(text: str) -> bytes:
 
 
 def _decode_peer(data: bytes) -> str:
-    return peer_id_of(public_key_of_bytes(data))
+    return peer_id_from_bytes(data)
 
 
 _PROTOCOLS = (
@@ -187,7 +187,7 @@ def split_peer(address: str) -> tuple[str, PeerId | None]:
     """
     pairs = components(address)
     if len(pairs) > 1 and pairs[-1][0] == "p2p":
-        return address[: address.rindex("/p2p/")], PeerId(pairs[-1][1])
+        return address[: address.rindex("/p2p/")], parse_peer_id(pairs[-1][1])
     return address, None
 
 

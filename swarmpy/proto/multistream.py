@@ -103,6 +103,7 @@ class Dialer:
             RemoteProtocolError: The listener refuses every id, or does not speak multistream.
         """
         self._lines.take(data)
+        proposals = b""
         while self.selected is None and (line := self._lines.next()) is not None:
             if line == self._proposed:
                 self.selected = line
@@ -110,10 +111,10 @@ class Dialer:
                 if not self._waiting:
                     raise RemoteProtocolError(f"the peer does not serve {self._proposed}")
                 self._proposed = self._waiting.pop(0)
-                return encode_line(self._proposed)
+                proposals += encode_line(self._proposed)
             else:
                 raise BadMessage(f"expected {self._proposed} or {REFUSED}, got {line[:64]!r}")
-        return b""
+        return proposals
 
 
 class Selector:

@@ -1,8 +1,8 @@
 """Noise XX as libp2p uses it: who is at the other end, and the two keys of a connection.
 
 Sans-IO. Pattern XX, Curve25519, ChaCha20-Poly1305, SHA-256; the handshake payloads carry the
-Ed25519 identity and its signature over the static key. libp2p's Noise has no rekey: a direction
-ends at nonce 2**64 - 1. Spec: libp2p specs, noise; protocols/noise.md.
+identity key and its signature over the static key. libp2p's Noise has no rekey: a direction ends at
+nonce 2**64 - 1. Spec: libp2p specs, noise; protocols/noise.md.
 """
 
 from __future__ import annotations
@@ -18,14 +18,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from swarmpy.errors import HandshakeFailed, LocalProtocolError, RemoteProtocolError
-from swarmpy.identity import (
-    PUBLIC_KEY_PROTOBUF_PREFIX,
-    Identity,
-    PeerId,
-    peer_id_of,
-    verify,
-)
+from swarmpy.identity import PUBLIC_KEY_PROTOBUF_PREFIX, Identity, PeerId, peer_id_of_key
 from swarmpy.proto import protobuf
+from swarmpy.public_keys import decode_public_key, verify
 
 PROTOCOL = "/noise"
 
@@ -38,8 +33,9 @@ FRAME_BYTES_MAX = 65535
 
 PLAINTEXT_BYTES_MAX = FRAME_BYTES_MAX - TAG_BYTES
 
-HANDSHAKE_BYTES_MAX = 4096
-"""Largest handshake message taken: ours have 200 bytes; more would be memory for a stranger."""
+HANDSHAKE_BYTES_MAX = 3072
+"""Largest handshake message taken: ours have 200 bytes, one with an RSA key of 8,192 bits 2,400;
+more would be memory for a stranger."""
 
 NONCE_MAX = 2**64 - 1
 """Reserved by Noise; the counter never gets there: the connection is closed instead."""
@@ -308,6 +304,7 @@ class Handshake:
     """libp2p's Noise handshake, message by message, each without its two length bytes.
 
     Attributes:
+        is_initiator: This side's role; it may change once, where both sides began (`receive`).
         peer: The proven peer, None until its message verified.
         muxer: The stream muxer both sides named early, None if it must still be negotiated.
     """
@@ -320,16 +317,21 @@ class Handshake:
         ephemeral: bytes,
         expected_peer: PeerId | None = None,
         muxers: Sequence[str] = (),
+        spare_ephemeral: bytes = b"",
     ) -> None:
         """Prepare a handshake.
 
         Args:
             ephemeral: 32 random bytes, used for this handshake only.
+            spare_ephemeral: 32 more for an initiator that may have to become responder, because the
+                other side began too; without them such a handshake fails.
             expected_peer: Who was dialled; anybody else is refused.
             muxers: Stream muxers spoken here, in order of preference.
         """
-        self._is_initiator = is_initiator
+        self.is_initiator = is_initiator
         self._static = static
+        self._spare_ephemeral = spare_ephemeral if is_initiator else b""
+        self._first_message = b""
         self._expected_peer = expected_peer
         self._muxers = tuple(muxers)
         self._noise = XX(is_initiator=is_initiator, static=static.private, ephemeral=ephemeral)
@@ -347,14 +349,27 @@ class Handshake:
 
     def start(self) -> bytes:
         """Return the initiator's first message."""
-        return self._noise.write(b"")
+        self._first_message = self._noise.write(b"")
+        return self._first_message
 
     def receive(self, message: bytes) -> bytes | None:
         """Take the other side's message and return the answer, None if none is due.
 
+        A first message where the second was due means that both sides dialled at once and TCP made
+        one connection of it. Whose key is smaller stays initiator; the other answers as responder.
+
         Raises:
             HandshakeFailed: The other side could not prove an identity, or not the expected one.
         """
+        ephemeral, self._spare_ephemeral = self._spare_ephemeral, b""
+        if ephemeral and len(message) == len(self._first_message):
+            if message == self._first_message:
+                raise HandshakeFailed("the first handshake message came back as it was sent")
+            if self._first_message < message:
+                return None
+            private = self._static.private
+            self._noise = XX(is_initiator=False, static=private, ephemeral=ephemeral)
+            self.is_initiator = False
         payload = self._noise.read(message)
         if self._noise.remote_static is None:
             # Message 1 proves nothing: answer with the prepared signature, verify nothing yet.
@@ -374,21 +389,17 @@ class Handshake:
         """Check the identity in a payload against the static key and the expected peer."""
         try:
             payload = decode_payload(data)
-            if not payload.identity_key.startswith(PUBLIC_KEY_PROTOBUF_PREFIX):
-                raise HandshakeFailed("the peer's identity key is not Ed25519")
-            public_key = payload.identity_key[len(PUBLIC_KEY_PROTOBUF_PREFIX) :]
-            peer = peer_id_of(public_key)
+            public_key = decode_public_key(payload.identity_key)
+            peer = peer_id_of_key(public_key)
             assert self._noise.remote_static is not None
             verify(public_key, payload.signature, _SIGNATURE_PREFIX + self._noise.remote_static)
-        except HandshakeFailed:
-            raise
         except RemoteProtocolError as error:
             raise HandshakeFailed(f"the peer did not prove its identity: {error}") from error
         if self._expected_peer not in (None, peer):
             raise HandshakeFailed(f"expected peer {self._expected_peer}, but {peer} answered")
         self.peer = peer
         preferences, others = self._muxers, payload.muxers
-        if not self._is_initiator:
+        if not self.is_initiator:
             preferences, others = others, preferences
         self.muxer = next((muxer for muxer in preferences if muxer in others), None)
 

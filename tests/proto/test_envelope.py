@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmpy.errors import BadMessage, BadSignature, FrameTooLarge, RemoteProtocolError
-from swarmpy.identity import Identity
+from swarmpy.identity import Identity, peer_id_of_key
 from swarmpy.proto import protobuf
 from swarmpy.proto.envelope import ENVELOPE_BYTES_MAX, Envelope, open_envelope, seal
+from swarmpy.public_keys import KeyKind, PublicKey, decode_public_key
 
 ALICE = Identity(b"a" * 32)
 BOB = Identity(b"b" * 32)
@@ -68,12 +72,36 @@ def test_an_envelope_written_in_another_way_is_refused() -> None:
             opened(data)
 
 
-def test_a_key_that_is_not_ed25519_is_refused() -> None:
+def sealed_by_ecdsa() -> bytes:
+    """Return an envelope signed with a P-256 key, as a libp2p peer may have."""
+    secret = ec.generate_private_key(ec.SECP256R1())
+    der = secret.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    signed = b"\x04test" + b"\x01t" + b"\x05hello"
+    signature = secret.sign(signed, ec.ECDSA(SHA256()))
+    key = PublicKey(KeyKind.ECDSA, der).encoded
+    return protobuf.encode([(1, key), (2, b"t"), (3, b"hello"), (5, signature)])
+
+
+def test_another_kind_of_key_is_refused_where_it_is_not_asked_for() -> None:
+    with pytest.raises(BadMessage, match="not Ed25519"):
+        opened(sealed_by_ecdsa())
+
+
+def test_another_kind_of_key_is_taken_where_it_is_asked_for() -> None:
+    data = sealed_by_ecdsa()
+    envelope = open_envelope(data, domain="test", payload_type=b"t", any_key=True)
+    key = decode_public_key(protobuf.bytes_field(protobuf.decode(data), 1))
+    assert (envelope.payload, envelope.signer) == (b"hello", peer_id_of_key(key))
+    with pytest.raises(BadSignature):
+        open_envelope(data, domain="other", payload_type=b"t", any_key=True)
+
+
+def test_a_key_that_is_none_is_refused() -> None:
     fields = protobuf.decode(sealed())
     parts = [(1, b"\x08\x02\x12\x20" + bytes(32))]
     parts += [(number, fields[number][0]) for number in (2, 3, 5)]  # type: ignore[misc]
 
-    with pytest.raises(BadMessage, match="not Ed25519"):
+    with pytest.raises(RemoteProtocolError, match="secp256k1 key of 32 bytes"):
         opened(protobuf.encode(parts))
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmpy.errors import BadMessage, BadSignature, RemoteProtocolError
-from swarmpy.identity import Identity
-from swarmpy.proto import identify, multiaddr, protobuf
+from swarmpy.identity import Identity, peer_id_bytes, peer_id_of_key
+from swarmpy.proto import identify, multiaddr, protobuf, wire
 from swarmpy.proto.identify import IdentifyInfo
+from swarmpy.public_keys import KeyKind, PublicKey
 
 ALICE = Identity(b"\x01" * 32)
 MALLORY = Identity(b"\x02" * 32)
@@ -46,6 +50,27 @@ def test_another_peers_record_is_refused() -> None:
     record = identify.seal_peer_record(MALLORY, ADDRESSES, seq=7)
     with pytest.raises(BadSignature, match="signed by"):
         identify.open_peer_record(record, peer=ALICE.peer_id)
+
+
+def test_a_peer_with_another_kind_of_key_may_sign_its_record() -> None:
+    """Its key is too long for its id, so it stands in the message; the record has it too."""
+    secret = ec.generate_private_key(ec.SECP256R1())
+    der = secret.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    key = PublicKey(KeyKind.ECDSA, der)
+    peer = peer_id_of_key(key)
+    address = protobuf.encode([(1, multiaddr.to_bytes(ADDRESSES[0]))])
+    payload = protobuf.encode([(1, peer_id_bytes(peer)), (2, 7), (3, address)])
+    domain = b"libp2p-peer-record"
+    signed = b"".join(wire.frame(part) for part in (domain, b"\x03\x01", payload))
+    signature = secret.sign(signed, ec.ECDSA(SHA256()))
+    record = protobuf.encode([(1, key.encoded), (2, b"\x03\x01"), (3, payload), (5, signature)])
+    message = protobuf.encode([(1, key.encoded), (8, record)])
+
+    info = identify.decode(message, peer=peer)
+
+    assert (info.addresses, info.record_seq) == (ADDRESSES[:1], 7)
+    with pytest.raises(BadMessage, match="another peer"):
+        identify.decode(message, peer=ALICE.peer_id)
 
 
 def test_a_changed_record_is_refused() -> None:

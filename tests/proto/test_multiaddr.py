@@ -29,7 +29,9 @@ addresses = st.builds(
 )
 
 
-@pytest.mark.parametrize("vector", json.loads(VECTORS.read_text()), ids=lambda item: item["text"])
+@pytest.mark.parametrize(
+    "vector", json.loads(VECTORS.read_text())["valid"], ids=lambda item: item["text"]
+)
 def test_vectors_encode_and_decode(vector: dict[str, str]) -> None:
     assert multiaddr.to_bytes(vector["text"]).hex() == vector["bytes"]
     assert multiaddr.from_bytes(bytes.fromhex(vector["bytes"])) == vector["text"]
@@ -132,6 +134,17 @@ def test_an_address_that_is_not_tcp_is_refused_as_one(address: str) -> None:
 def test_an_endpoint_gives_its_address() -> None:
     assert multiaddr.format_tcp("192.0.2.1", 1) == "/ip4/192.0.2.1/tcp/1"
     assert multiaddr.format_tcp("fe80::1%eth0", 1) == "/ip6/fe80::1/tcp/1"
+
+
+def test_a_peer_with_a_long_key_has_an_address_too() -> None:
+    """Its id is a hash; ids as CIDs become the one form ids have here."""
+    peer = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
+    cid = "bafzbeie5745rpv2m6tjyuugywy4d5ewrqgqqhfnf445he3omzpjbx5xqxe"
+    address = f"/ip4/192.0.2.1/tcp/1/p2p/{peer}"
+    assert multiaddr.from_bytes(multiaddr.to_bytes(address)) == address
+    as_cid = f"/ip4/192.0.2.1/tcp/1/p2p/{cid}"
+    assert multiaddr.to_bytes(as_cid) == multiaddr.to_bytes(address)
+    assert multiaddr.split_peer(as_cid) == ("/ip4/192.0.2.1/tcp/1", peer)
 
 
 def test_a_peer_is_cut_off_an_addresss_end() -> None:

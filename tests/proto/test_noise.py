@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmpy.errors import HandshakeFailed, LocalProtocolError, RemoteProtocolError
-from swarmpy.identity import PUBLIC_KEY_PROTOBUF_PREFIX, Identity
+from swarmpy.identity import PUBLIC_KEY_PROTOBUF_PREFIX, Identity, peer_id_of_key
 from swarmpy.proto import noise, protobuf
 from swarmpy.proto.noise import XX, Handshake, Opener, Payload, Sealer, StaticKey
+from swarmpy.public_keys import KEY_BYTES_MAX, SIGNATURE_BYTES_MAX, KeyKind, PublicKey
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT.parent / "shared" / "vectors" / "noise_xx_cacophony.json"
@@ -198,7 +203,7 @@ def test_a_signature_over_another_static_key_is_refused() -> None:
         PUBLIC_KEY_PROTOBUF_PREFIX + b"\x01" + bytes(31),  # small order
     ],
 )
-def test_an_identity_key_that_is_no_sound_ed25519_key_is_refused(identity_key: bytes) -> None:
+def test_an_identity_key_that_is_no_sound_key_is_refused(identity_key: bytes) -> None:
     sound = static_key(BOB)
     unsound = StaticKey(private=sound.private, identity_key=identity_key, signature=b"s" * 64)
     initiator, _ = pair(expected_peer=None)
@@ -207,6 +212,112 @@ def test_an_identity_key_that_is_no_sound_ed25519_key_is_refused(identity_key: b
     assert second is not None
     with pytest.raises(HandshakeFailed):
         initiator.receive(second)
+
+
+def foreign_key(kind: KeyKind, message: bytes) -> tuple[PublicKey, bytes]:
+    """Return a new key of another kind than ours, and its signature of a message."""
+    spki = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    if kind is KeyKind.RSA:
+        secret = rsa.generate_private_key(65_537, 2048)
+        signature = secret.sign(message, padding.PKCS1v15(), SHA256())
+        return PublicKey(kind, secret.public_key().public_bytes(*spki)), signature
+    curve = ec.SECP256R1() if kind is KeyKind.ECDSA else ec.SECP256K1()
+    point = ec.generate_private_key(curve)
+    compressed = (Encoding.X962, PublicFormat.CompressedPoint)
+    form = spki if kind is KeyKind.ECDSA else compressed
+    signature = point.sign(message, ec.ECDSA(SHA256()))
+    return PublicKey(kind, point.public_key().public_bytes(*form)), signature
+
+
+def foreign_peer(kind: KeyKind, private: bytes) -> tuple[PublicKey, StaticKey]:
+    """Return a peer of another implementation: its identity, and its signed static key."""
+    public = X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+    key, signature = foreign_key(kind, b"noise-libp2p-static-key:" + public)
+    return key, StaticKey(private=private, identity_key=key.encoded, signature=signature)
+
+
+@pytest.mark.parametrize("kind", [KeyKind.RSA, KeyKind.SECP256K1, KeyKind.ECDSA])
+def test_a_peer_with_another_kind_of_key_is_proven_by_it(kind: KeyKind) -> None:
+    key, static = foreign_peer(kind, b"\x07" * 32)
+    initiator, _ = pair(expected_peer=peer_id_of_key(key))
+    responder = Handshake(is_initiator=False, static=static, ephemeral=b"\x04" * 32)
+    shake(initiator, responder)
+    assert initiator.peer == peer_id_of_key(key)
+
+
+@pytest.mark.parametrize("kind", [KeyKind.RSA, KeyKind.SECP256K1, KeyKind.ECDSA])
+def test_a_peer_with_another_kind_of_key_must_have_signed_its_static_key(kind: KeyKind) -> None:
+    key, static = foreign_peer(kind, b"\x07" * 32)
+    stolen = StaticKey(b"\x08" * 32, static.identity_key, static.signature)
+    initiator, _ = pair(expected_peer=peer_id_of_key(key))
+    responder = Handshake(is_initiator=False, static=stolen, ephemeral=b"\x04" * 32)
+    second = responder.receive(initiator.start())
+    assert second is not None
+    with pytest.raises(HandshakeFailed, match="did not prove its identity"):
+        initiator.receive(second)
+
+
+def test_a_handshake_message_with_the_longest_key_is_within_its_bound() -> None:
+    payload = Payload(bytes(KEY_BYTES_MAX), bytes(SIGNATURE_BYTES_MAX), (MUXER,) * 8)
+    overhead = 32 + 48 + 16  # an ephemeral key, a static key with its tag, the payload's tag
+    assert len(noise.encode_payload(payload)) + overhead <= noise.HANDSHAKE_BYTES_MAX
+
+
+def both_began(spare: bytes = b"\x09" * 32) -> tuple[Handshake, Handshake]:
+    """Return two initiators that dialled each other."""
+    alice, _ = pair(spare_ephemeral=spare)
+    bob = Handshake(
+        is_initiator=True,
+        static=static_key(BOB),
+        ephemeral=b"\x04" * 32,
+        expected_peer=ALICE.peer_id,
+        muxers=[MUXER],
+        spare_ephemeral=b"\x0a" * 32,
+    )
+    return alice, bob
+
+
+def test_where_both_began_one_becomes_responder() -> None:
+    alice, bob = both_began()
+    firsts = {alice.start(): alice, bob.start(): bob}
+    (first, staying), (_, yielding) = sorted(firsts.items())
+    assert staying.receive(max(firsts)) is None
+    second = yielding.receive(first)
+    assert second is not None
+    third = staying.receive(second)
+    assert third is not None
+    assert yielding.receive(third) is None
+
+    assert (staying.is_initiator, yielding.is_initiator) == (True, False)
+    assert (alice.peer, bob.peer) == (BOB.peer_id, ALICE.peer_id)
+    assert alice.channel_binding == bob.channel_binding
+    assert (alice.muxer, bob.muxer) == (MUXER, MUXER)
+    sealed = seal(alice.split()[0], b"hello")
+    assert bob.split()[1].open(sealed[2:]) == b"hello"
+
+
+def test_a_first_message_that_comes_back_is_refused() -> None:
+    """Nobody may be led to speak with itself."""
+    alice, _ = both_began()
+    with pytest.raises(HandshakeFailed, match="came back"):
+        alice.receive(alice.start())
+
+
+def test_the_roles_are_settled_once() -> None:
+    alice, bob = both_began()
+    staying, yielding = sorted((alice, bob), key=lambda side: side.start())
+    assert staying.receive(b"\xff" * 32) is None
+    assert yielding.receive(bytes(31) + b"\x09") is not None
+    for side in (staying, yielding):
+        with pytest.raises(HandshakeFailed):
+            side.receive(b"\xff" * 32)
+
+
+def test_without_a_spare_key_a_handshake_that_both_began_fails() -> None:
+    alice, bob = both_began(spare=b"")
+    alice.start()
+    with pytest.raises(HandshakeFailed, match="truncated"):
+        alice.receive(bob.start())
 
 
 def test_a_low_order_key_fails_the_handshake() -> None:
