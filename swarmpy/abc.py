@@ -63,6 +63,13 @@ class ByteStream(ABC):
     async def wait_writable(self) -> None:
         """Wait until `send_nowait` may take bytes again, or the stream is broken or closed."""
 
+    def limit_unsent(self, bytes_max: int) -> None:
+        """Take no more than about `bytes_max` that could not be sent yet; a hint, here ignored.
+
+        What was taken cannot be overtaken by anything more urgent, so a slow link is given little.
+        """
+        del bytes_max
+
     @abstractmethod
     def receive_into_nowait(self, buffer: memoryview) -> int | None:
         """Read into `buffer` what is there; return its count, 0 at a clean end, None if none yet.
@@ -156,6 +163,11 @@ class Connection(ABC):
     @abstractmethod
     def heard_s(self) -> float:
         """When anything was last heard from the peer (`trio.current_time`): a sign of life."""
+
+    @property
+    @abstractmethod
+    def stream_count(self) -> int:
+        """Streams open now, in either direction: what would be lost with the connection."""
 
     @abstractmethod
     def close(self) -> None:
@@ -263,7 +275,7 @@ class Host(ABC):
 
     @abstractmethod
     def connection_to(self, peer: PeerId) -> Connection | None:
-        """The best open connection to a peer."""
+        """The best open connection to a peer, one with a limited path where there is no other."""
 
     @abstractmethod
     async def listen(self, address: Address) -> Address:
@@ -272,6 +284,8 @@ class Host(ABC):
     @abstractmethod
     async def dial(self, peer: PeerId, addresses: Sequence[Address]) -> Connection:
         """Return a connection to the peer: an open one, else the first address that answers.
+
+        A connection whose path is limited does not count: a better one is dialled for.
 
         Raises:
             DialFailed: No address answered.
@@ -336,6 +350,14 @@ class Host(ABC):
     @abstractmethod
     def connection_events(self) -> AsyncIterator[ConnectionEvent]:
         """Iterate over connections opened and closed from now on (bounded: the oldest drop out)."""
+
+    def on_clock_jump(self, callback: Callable[[float], None]) -> None:
+        """Call back when the machine slept or its clock was set, with the seconds of the jump.
+
+        By then the connections are being probed; what else rests on time is the caller's to check.
+        A host that does not watch the clocks never calls; this one does not.
+        """
+        del callback
 
     @abstractmethod
     def close(self) -> None:

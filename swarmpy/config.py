@@ -27,6 +27,14 @@ HANDSHAKES_MAX = 128
 HANDSHAKES_PER_SUBNET_MAX = 32
 """The same per IPv4 address or IPv6 /64, so that one flooder cannot take all places."""
 
+HANDSHAKES_PER_SECOND_MAX = 16.0
+"""Inbound handshakes begun a second for one IPv4 address or IPv6 /64, on average: each costs 1 ms,
+and 10,000 connections a minute from one place may cost the others a tenth of their rate."""
+
+HANDSHAKES_BURST_MAX = 256
+"""The same at once: a swarm behind one address that comes back together, more than listeners keep
+waiting."""
+
 HANDSHAKE_TIMEOUT_S = 10.0
 """From accept to a proven peer. A slow mobile link needs about 2 s."""
 
@@ -34,7 +42,8 @@ INBOUND_STREAMS_MAX = 64
 """Inbound streams open at a time on one connection; times the window it is the buffer bound."""
 
 STREAM_WINDOW_BYTES = 256 * 1024
-"""Receive window of a stream: Yamux's initial window, and 64 x 256 KiB = 16 MiB a connection."""
+"""Receive window of a stream at first: Yamux fixes it, and 64 x 256 KiB = 16 MiB a connection. How
+windows grow is in proto/yamux.py."""
 
 RESETS_PER_SECOND_MAX = 100
 """Streams refused in one second before the connection is closed: a flood, not a mistake."""
@@ -50,6 +59,12 @@ STREAM_NEGOTIATION_TIMEOUT_S = 10.0
 
 CONNECTIONS_PER_PEER_MAX = 4
 """A simultaneous dial makes two, a redial of a path that died unnoticed a third."""
+
+CONNECTION_AGE_S_MAX = 24 * 3600.0
+"""Age from which a connection is replaced once it is idle: keys are not used for ever."""
+
+DIALS_MAX = 64
+"""Addresses dialled at a time; further ones wait. A flood of them must not take all sockets."""
 
 DIAL_TIMEOUT_S = 5.0
 """For one address to accept the connection; the handshake has its own time."""

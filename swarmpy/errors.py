@@ -194,6 +194,10 @@ class StaleRecord(MembershipError):
     advice = "Check both machines' clocks."
 
 
+class ClockSkew(StaleRecord):
+    """Two machines' clocks differ by more than signed times allow for: one of them is wrong."""
+
+
 class InviteMalformed(MembershipError):
     """The invite code is incomplete or was changed."""
 

@@ -24,20 +24,23 @@ from swarmpy.errors import (
     RemoteProtocolError,
 )
 from swarmpy.identity import PeerId
+from swarmpy.net.pace import TURN_BYTES_MAX, Pace
 from swarmpy.net.stream import NativeStream
 from swarmpy.proto.noise import (
     FRAME_BYTES_MAX,
     LENGTH_BYTES,
-    PLAINTEXT_BYTES_MAX,
     TAG_BYTES,
     Opener,
     Sealer,
 )
 from swarmpy.proto.yamux import (
+    FRAME_DATA_BYTES_MAX,
+    HEADER_BYTES,
     DataReceived,
     Event,
     GoAwayReceived,
     PongReceived,
+    ReceiveBudget,
     StreamEnded,
     StreamOpened,
     StreamWasReset,
@@ -52,11 +55,19 @@ JOINED_BYTES_MAX = 32 * 1024
 """Up to here header and data share one Noise frame; a larger payload is encrypted where it lies."""
 
 BACKLOG_BYTES_MAX = 1024 * 1024
-"""Ciphertext the kernel refused: one data frame, and control frames of 128 streams many times over.
+"""Ciphertext the kernel refused: one turn, and control frames of 128 streams many times over.
 Only a peer that asks and asks and never reads gets there."""
 
 UNREAD_BYTES_MAX = config.INBOUND_STREAMS_MAX * config.STREAM_WINDOW_BYTES
-"""Unread bytes of one connection, 16 MiB: every inbound stream's full window."""
+"""Unread bytes of one connection: every inbound stream's window, and what windows grew by."""
+
+STALL_S = 1.0
+"""A timer that is this late tells of a stall of our own: whoever was silent meanwhile may have been
+heard all along, and gets the time back."""
+
+STARTS_AT_ONCE = 4
+"""Handlers started for one connection before others have their turn: a peer that opens 64 streams
+in one go, again and again, would make everybody else wait for 64 handlers each time."""
 
 HANDLER_GRACE_S = 5.0
 """Handlers may tidy up this long after their connection is gone; then they are cancelled."""
@@ -70,15 +81,19 @@ ServeStream = Callable[[NativeStream], Awaitable[None]]
 
 
 class Scratch:
-    """Buffers that all connections of a node use in turn, never across an await.
+    """What all connections of a node share: buffers, and a budget for what lies unread.
 
-    At rest a connection holds no buffer of its own: only a partial frame and what was refused.
+    The buffers are used in turn, never across an await. At rest a connection holds none of its own:
+    only a partial frame and what was refused.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, budget: ReceiveBudget | None = None) -> None:
+        self.budget = ReceiveBudget() if budget is None else budget
         overhead = LENGTH_BYTES + TAG_BYTES
         self.received = memoryview(bytearray(RECEIVE_BYTES + LENGTH_BYTES + FRAME_BYTES_MAX))
-        self.sealed = memoryview(bytearray(2 * PLAINTEXT_BYTES_MAX + 2 * overhead))
+        frames = -(-TURN_BYTES_MAX // FRAME_DATA_BYTES_MAX)
+        sealed_bytes = TURN_BYTES_MAX + frames * (HEADER_BYTES + 2 * overhead)
+        self.sealed = memoryview(bytearray(sealed_bytes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +141,7 @@ class NativeConnection(Connection):
             inbound_streams_max=config.INBOUND_STREAMS_MAX,
             unread_bytes_max=UNREAD_BYTES_MAX,
             resets_per_second_max=config.RESETS_PER_SECOND_MAX,
+            budget=scratch.budget,
         )
         self._outbox = self._yamux.outbox
         self._scratch = scratch
@@ -135,9 +151,14 @@ class NativeConnection(Connection):
         self._backlog = bytearray()
         self._writer: trio.lowlevel.Task | None = None
         self._senders: tuple[deque[trio.lowlevel.Task], ...] = tuple(deque() for _ in Priority)
+        self._is_turn_given = False  # to a sender that has not used it yet
+        self.pace = Pace()
+        byte_stream.limit_unsent(self.pace.unsent_bytes)
         self._error: Exception | None = None
         self._is_going_away = False
         self._handlers: trio.Nursery | None = None
+        self._started = 0  # handlers, for the streams that the last read opened
+        self._unstarted: deque[NativeStream] = deque()
         self._serve: ServeStream | None = None
         self._heard_s = trio.current_time()
         self._ping_value = 0
@@ -192,6 +213,12 @@ class NativeConnection(Connection):
             self._flush()
         self._fail(ConnectionLost("it was closed here"))
 
+    def probe(self) -> None:
+        """Ping now: a peer that no longer knows this connection says so at once."""
+        if self._error is None:
+            self._yamux.ping(self._ping_value)
+            self._flush()
+
     def close_for(self, error: Exception) -> None:
         """Close because of an error of the peer's; streams and `error` will name it."""
         self._fail(error)
@@ -202,6 +229,8 @@ class NativeConnection(Connection):
         Handlers still running then see `ConnectionLost` and are cancelled `HANDLER_GRACE_S` later.
         """
         self._serve = serve
+        budget = self._scratch.budget
+        budget.join(self._yamux, self._was_shed)
         try:
             async with trio.open_nursery() as handlers:
                 self._handlers = handlers
@@ -213,6 +242,7 @@ class NativeConnection(Connection):
                 handlers.cancel_scope.deadline = trio.current_time() + HANDLER_GRACE_S
         finally:
             self.close()
+            budget.leave(self._yamux)
 
     # For streams: receiving ----------------------------------------------------
 
@@ -235,29 +265,33 @@ class NativeConnection(Connection):
     # For streams: sending ------------------------------------------------------
 
     @property
-    def is_congested(self) -> bool:
-        """Whether the kernel refused bytes that are still waiting."""
-        return bool(self._backlog)
+    def is_busy(self) -> bool:
+        """Whether who wants to send must wait: for refused bytes, or for another's turn."""
+        return bool(self._backlog) or self._is_turn_given
 
     def window(self, stream_id: int) -> int:
         """Return how many bytes a stream may send now."""
         return self._yamux.window(stream_id)
 
     def send_data(self, stream_id: int, data: memoryview) -> None:
-        """Encrypt one data frame and offer it to the kernel.
+        """Encrypt data frames and offer them to the kernel in one go.
 
         Large data waits for its turn first; only a proposal of some bytes may join a backlog.
 
         Args:
-            data: Within the stream's window and `FRAME_DATA_BYTES_MAX`; not kept.
+            data: Within the stream's window and `pace.turn_bytes`; not kept.
         """
-        header = self._yamux.data_header(stream_id, len(data))
+        total = len(data)
         if self._outbox:
             self._flush()
-        if len(data) <= JOINED_BYTES_MAX:
-            self._seal_and_send(b"".join((header, data)))
-        else:
-            self._seal_and_send(header, data)
+        if total <= JOINED_BYTES_MAX:
+            self._seal_and_send(b"".join((self._yamux.data_header(stream_id, total), data)))
+            return
+        frames: list[bytes | memoryview] = []
+        for start in range(0, total, FRAME_DATA_BYTES_MAX):
+            frame = data[start : start + FRAME_DATA_BYTES_MAX]
+            frames += (self._yamux.data_header(stream_id, len(frame)), frame)
+        self._seal_and_send(*frames)
 
     def close_write(self, stream_id: int) -> None:
         """Send a stream's end."""
@@ -272,7 +306,7 @@ class NativeConnection(Connection):
         self._streams.pop(stream_id, None)
 
     async def wait_turn(self, priority: Priority) -> None:
-        """Wait until the backlog is gone and no more urgent sender waits.
+        """Wait until the backlog is gone and nobody more urgent waits, nor in this class longer.
 
         Whoever was given the turn hands it on with `pass_turn`, whatever happens to it.
         """
@@ -286,14 +320,24 @@ class NativeConnection(Connection):
 
         await _park(abort)
 
+    def is_turn_wanted(self, priority: Priority) -> bool:
+        """Whether who has sent a turn must stop: for refused bytes, or for somebody as urgent."""
+        return bool(self._backlog) or any(self._senders[: priority + 1])
+
     def pass_turn(self) -> None:
-        """Let the next sender go, the most urgent class first, in turn within a class."""
-        if self._backlog:
-            return
+        """End a turn: the next sender goes once the kernel takes bytes."""
+        self._is_turn_given = False
+        if not self._backlog:
+            self._give_turn()
+
+    def _give_turn(self) -> bool:
+        """Let the next sender go, the most urgent class first; False if nobody waits."""
         for waiting in self._senders:
             if waiting:
+                self._is_turn_given = True
                 trio.lowlevel.reschedule(waiting.popleft())
-                return
+                return True
+        return False
 
     # Receiving -----------------------------------------------------------------
 
@@ -329,10 +373,12 @@ class NativeConnection(Connection):
         if count is None:
             return None
         if count == 0:
-            raise ConnectionLost("the peer closed it")
+            goodbye = "the peer closed it" if self._is_going_away else "it ended without a goodbye"
+            raise ConnectionLost(goodbye)
         if held:
             buffer[:held] = self._partial
         self._heard_s = trio.current_time()
+        self._started = 0
         self._take_frames(held + count)
         return count
 
@@ -362,9 +408,8 @@ class NativeConnection(Connection):
     def _take_event(self, event: Event) -> None:
         match event:
             case StreamOpened(stream_id):
-                assert self._handlers is not None
                 stream = self._streams[stream_id] = NativeStream(self, stream_id)
-                self._handlers.start_soon(self._serve_stream, stream)
+                self._start_handler(stream)
             case WindowOpened(stream_id):
                 if stream_id in self._streams:
                     self._streams[stream_id].window_opened()
@@ -373,13 +418,39 @@ class NativeConnection(Connection):
                     self._streams[stream_id].end()
                     self._forget_if_over(stream_id)
             case StreamWasReset(stream_id, by_peer):
-                if stream_id in self._streams:
-                    reason = "the peer gave it up" if by_peer else "too many bytes lay unread"
-                    self._streams.pop(stream_id).was_reset(reason)
+                if not by_peer:
+                    self._was_shed(stream_id)
+                elif stream_id in self._streams:
+                    self._streams.pop(stream_id).was_reset("the peer gave it up")
             case PongReceived(value):
                 self._take_pong(value)
             case GoAwayReceived():
                 self._is_going_away = True
+
+    def _was_shed(self, stream_id: int) -> None:
+        """Tell a stream that it was reset for the unread bytes of this connection, or of all."""
+        stream = self._streams.pop(stream_id, None)
+        if stream is not None:
+            stream.was_reset("too many bytes lay unread")
+        self._flush()
+
+    def _start_handler(self, stream: NativeStream) -> None:
+        """Serve an inbound stream; of many that come at once the later ones wait their turn."""
+        assert self._handlers is not None
+        if not self._unstarted and self._started < STARTS_AT_ONCE:
+            self._started += 1
+            self._handlers.start_soon(self._serve_stream, stream)
+            return
+        self._unstarted.append(stream)
+        if len(self._unstarted) == 1:
+            self._handlers.start_soon(self._start_others)
+
+    async def _start_others(self) -> None:
+        assert self._handlers is not None
+        while self._unstarted:
+            await trio.lowlevel.checkpoint()
+            for _ in range(min(STARTS_AT_ONCE, len(self._unstarted))):
+                self._handlers.start_soon(self._serve_stream, self._unstarted.popleft())
 
     async def _serve_stream(self, stream: NativeStream) -> None:
         assert self._serve is not None
@@ -417,17 +488,28 @@ class NativeConnection(Connection):
             self._fail(error)
             return
         if sent < end:
+            if not self._backlog:
+                self.pace.took(sent)
+                self._was_full()
             self._backlog += sealed[sent:end]
             if len(self._backlog) > BACKLOG_BYTES_MAX:
                 self._fail(RemoteProtocolError("the peer asks but does not read", penalty=10))
             self._wake_writer()
+        else:
+            self.pace.took(end)
+
+    def _was_full(self) -> None:
+        """The kernel takes no more for now: a moment at which the link's pace shows."""
+        if self.pace.was_full(trio.current_time()):
+            self._byte_stream.limit_unsent(self.pace.unsent_bytes)
 
     async def _write(self) -> None:
         """Send the backlog whenever there is one, then let waiting senders go on."""
         byte_stream = self._byte_stream
         while self._error is None:
             if not self._backlog:
-                self.pass_turn()
+                if not self._is_turn_given and not self._give_turn():
+                    self.pace.was_idle()
                 self._writer = trio.lowlevel.current_task()
                 await _park(self._abort_writer)
                 continue
@@ -438,10 +520,12 @@ class NativeConnection(Connection):
             except NetworkError as error:
                 self._fail(error)
                 return
+            self.pace.took(sent)
             if sent == len(self._backlog):
                 self._backlog = bytearray()
             else:
                 del self._backlog[:sent]
+                self._was_full()
 
     def _abort_writer(self, _: object) -> trio.lowlevel.Abort:
         self._writer = None
@@ -455,10 +539,16 @@ class NativeConnection(Connection):
     # Keeping watch -------------------------------------------------------------
 
     async def _keep_watch(self) -> None:
-        """Ping now and then, and give up on a peer that has been silent too long."""
+        """Ping now and then, and give up on a peer that has been silent too long.
+
+        While this process stalls nobody is heard; what came meanwhile is read before any verdict.
+        """
+        silent_since_s = wake_s = trio.current_time()
         while True:
             now_s = trio.current_time()
-            deadline_s = self._heard_s + config.KEEPALIVE_TIMEOUT_S
+            if now_s - wake_s > STALL_S:
+                silent_since_s = now_s
+            deadline_s = max(self._heard_s, silent_since_s) + config.KEEPALIVE_TIMEOUT_S
             if now_s >= deadline_s:
                 timeout_s = config.KEEPALIVE_TIMEOUT_S
                 self._fail(PeerTimeout(f"nothing was heard for {timeout_s:.0f} s"))
@@ -466,16 +556,20 @@ class NativeConnection(Connection):
             self._ping_value = (self._ping_value + 1) % _PING_VALUES
             self._ping_sent_s = now_s
             self._yamux.ping(self._ping_value)
+            self._yamux.shrink_idle(now_s)
             self._flush()
-            await trio.sleep_until(min(now_s + config.KEEPALIVE_INTERVAL_S, deadline_s))
+            wake_s = min(now_s + config.KEEPALIVE_INTERVAL_S, deadline_s)
+            await trio.sleep_until(wake_s)
 
     def _take_pong(self, value: int) -> None:
         if value != self._ping_value or not self._ping_sent_s:
             return
         sample_s = self._heard_s - self._ping_sent_s
         self._ping_sent_s = 0.0
-        before_s = self.rtt_s
-        self.rtt_s = sample_s if before_s is None else before_s + _RTT_GAIN * (sample_s - before_s)
+        if self.pace.is_near(sample_s):
+            self._byte_stream.limit_unsent(self.pace.unsent_bytes)
+        before_s = sample_s if self.rtt_s is None else self.rtt_s
+        self.rtt_s = self._yamux.rtt_s = before_s + _RTT_GAIN * (sample_s - before_s)
 
     # The end -------------------------------------------------------------------
 
@@ -491,6 +585,7 @@ class NativeConnection(Connection):
         for waiting in self._senders:
             while waiting:
                 trio.lowlevel.reschedule(waiting.popleft())
+        self._is_turn_given = False
         for stream in list(self._streams.values()):
             stream.connection_closed()
         self.on_closed(self)

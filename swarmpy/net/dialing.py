@@ -61,6 +61,7 @@ class Dials:
         self._dial_one = dial_one
         self._keep = keep
         self._attempts: dict[PeerId, _Attempt] = {}
+        self._places = trio.CapacityLimiter(config.DIALS_MAX)
 
     async def dial(
         self, nursery: trio.Nursery, peer: PeerId, addresses: Sequence[Address]
@@ -98,7 +99,8 @@ class Dials:
 
         async def attempt(address: Address, failed: trio.Event) -> None:
             try:
-                connection = await self._dial_one(peer, address)
+                async with self._places:
+                    connection = await self._dial_one(peer, address)
             except (NetworkError, ProtocolError) as error:
                 errors.append(error)
                 failed.set()

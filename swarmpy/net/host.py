@@ -1,4 +1,4 @@
-"""The native host: listens and dials, keeps one connection a peer, and answers identify and ping.
+"""The native host: listens and dials, keeps connections to peers, answers identify and ping.
 
 Everything runs in the nursery of `run`: nothing outlives it. Spec: protocols/identify.md,
 protocols/ping.md.
@@ -38,12 +38,16 @@ from swarmpy.errors import (
     RemoteProtocolError,
 )
 from swarmpy.identity import Identity, PeerId, RandomBytes
+from swarmpy.net.addresses import Interfaces, expanded, observed
+from swarmpy.net.admission import Admission
 from swarmpy.net.connection import NativeConnection, Scratch
 from swarmpy.net.dialing import Dials
 from swarmpy.net.events import EventFeed
-from swarmpy.net.handshakes import Handshakes
+from swarmpy.net.limited import LimitedStream
+from swarmpy.net.paths import Paths
 from swarmpy.net.peer_info import IDENTIFY, IDENTIFY_PUSH, PING, PeerInfo
 from swarmpy.net.router import Router
+from swarmpy.net.suspend import ClockWatch
 from swarmpy.net.table import ConnectionTable
 from swarmpy.net.upgrade import upgrade
 from swarmpy.proto import multiaddr
@@ -53,14 +57,8 @@ from swarmpy.proto.noise import StaticKey
 
 logger = logging.getLogger(__name__)
 
-RETIRE_PAUSE_S = 1.0
-"""A superseded connection is looked at this often, and lives this long: its other end may just have
-opened a stream on it."""
-
 PUSH_PAUSE_S = 0.05
 """Changes this close together are told to the peers at once."""
-
-_ANY = {"0.0.0.0": "ip4", "::": "ip6"}
 
 
 class NativeHost(Host):
@@ -82,7 +80,8 @@ class NativeHost(Host):
         Args:
             random: For Noise keys and pings; a cryptographic source in production.
             gate: Who may connect and ask; without one everybody may.
-            wall_time: Dates the signed peer record in identify; without it none is sent.
+            wall_time: Dates the signed peer record in identify, and shows that the machine slept;
+                without it no record is sent and no sleep is noticed.
         """
         self.identity = identity
         self.gate = gate or Gate()
@@ -93,13 +92,18 @@ class NativeHost(Host):
         self._scratch = Scratch()
         self._router = Router(lambda peer, protocol: self.gate.allow_stream(peer, protocol))
         self._table = ConnectionTable(identity.peer_id)
-        self._handshakes = Handshakes()
+        self._admission = Admission(self._table, local=identity.peer_id, gate=lambda: self.gate)
+        self._handshakes = self._admission.handshakes
+        self._paths = Paths(self._table)
         self._dials = Dials(self._dial_one, self._keep)
         self._feed = EventFeed()
         self._listeners: list[Listener] = []
+        self._interfaces = Interfaces(network.interface_addresses)
         self._nursery: trio.Nursery | None = None
         self._is_closed = False
         self._changed = trio.Event()
+        self._wall_time = wall_time
+        self._on_clock_jump: list[Callable[[float], None]] = []
         self._info = PeerInfo(
             identity,
             agent=agent,
@@ -108,9 +112,9 @@ class NativeHost(Host):
             protocols_for=self._router.protocols_for,
             wall_time=wall_time,
         )
-        self._router.set_handler(IDENTIFY, self._info.answer)
-        self._router.set_handler(IDENTIFY_PUSH, self._info.take_push)
-        self._router.set_handler(PING, self._info.answer_ping)
+        self._router.set_handler(IDENTIFY, self._info.answer, allow_limited=True)
+        self._router.set_handler(IDENTIFY_PUSH, self._info.take_push, allow_limited=True)
+        self._router.set_handler(PING, self._info.answer_ping, allow_limited=True)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the host until `close` or cancellation; then all its connections are closed.
@@ -119,14 +123,17 @@ class NativeHost(Host):
         """
         if self._nursery is not None or self._is_closed:
             raise LocalProtocolError("a host runs once")
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
                 nursery.start_soon(self._push_changes)
+                nursery.start_soon(self._paths.renew_forever, self._redial)
+                if self._wall_time is not None:
+                    nursery.start_soon(ClockWatch(self._wall_time, self._clock_jumped).run)
                 task_status.started()
                 await trio.sleep_forever()
-        finally:
-            self.close()
+            finally:
+                self.close()  # before the last task ends: nothing is started in a closed nursery
 
     def close(self) -> None:
         self._is_closed = True
@@ -143,17 +150,22 @@ class NativeHost(Host):
 
     @property
     def addresses(self) -> Sequence[Address]:
-        found: list[Address] = []
-        for listener in self._listeners:
-            host, port = multiaddr.parse_tcp(listener.address)
-            version = _ANY.get(host)
-            if version is None:
-                found.append(listener.address)
-                continue
-            for literal in self._network.interface_addresses():
-                address = Address(multiaddr.format_tcp(literal, port))
-                if address.startswith(f"/{version}/"):
-                    found.append(address)
+        listened = [listener.address for listener in self._listeners]
+        return expanded(listened, self._interfaces)
+
+    @property
+    def observed_addresses(self) -> Sequence[Address]:
+        """Addresses at which connected peers see this node, the most often seen first; bounded.
+
+        Claims, not facts: dial back before believing one.
+        """
+        return observed(self._info.observations(), [item.address for item in self._listeners])
+
+    async def wait_observed(self, *, after: Sequence[Address] = ()) -> Sequence[Address]:
+        """Wait until the observed addresses are other than `after`, and return them."""
+        await trio.lowlevel.checkpoint()
+        while tuple(found := self.observed_addresses) == tuple(after):
+            await self._info.wait_news()
         return found
 
     @property
@@ -187,6 +199,20 @@ class NativeHost(Host):
     def connection_events(self) -> AsyncIterator[ConnectionEvent]:
         return self._feed.subscribe()
 
+    def on_clock_jump(self, callback: Callable[[float], None]) -> None:
+        """Call back when the machine slept or its clock was set, with the seconds of the jump.
+
+        Connections are probed by then; what else rests on time is for whoever calls this.
+        """
+        self._on_clock_jump.append(callback)
+
+    def _clock_jumped(self, jump_s: float) -> None:
+        """Ask every peer for a sign of life: those that gave this node up say so at once."""
+        for connection in self._table.all():
+            connection.probe()
+        for callback in self._on_clock_jump:
+            callback(jump_s)
+
     async def listen(self, address: Address) -> Address:
         """Listen on an address and return it with the real port.
 
@@ -203,12 +229,12 @@ class NativeHost(Host):
     # Dialling --------------------------------------------------------------------
 
     async def dial(self, peer: PeerId, addresses: Sequence[Address]) -> NativeConnection:
+        await trio.lowlevel.checkpoint()  # whoever is cancelled together with the host ends here
         nursery = self._running()
         if peer == self.identity.peer_id:
             raise DialFailed("that is this node itself")
-        connection = self._table.best(peer)
+        connection = self._table.best(peer, allow_limited=False)
         if connection is not None:
-            await trio.lowlevel.checkpoint()
             return connection
         return await self._dials.dial(nursery, peer, addresses)
 
@@ -224,19 +250,12 @@ class NativeHost(Host):
         except trio.TooSlowError:
             timeout_s = config.DIAL_TIMEOUT_S
             raise DialFailed(f"{address} did not answer within {timeout_s:.0f} s") from None
-        connection = await upgrade(
-            byte_stream,
-            role="initiator",
-            static=self._static,
-            random=self._random,
-            scratch=self._scratch,
-            expected_peer=peer,
-            timeout_s=self._handshake_timeout_s,
-        )
-        if not self._may_keep(connection):
-            connection.close()
-            raise DialFailed(f"a connection to {peer} is not allowed, or one too many")
+        connection = await self._upgrade(byte_stream, "initiator", peer)
+        self._admission.check(connection)
         return connection
+
+    async def _redial(self, peer: PeerId, address: Address) -> None:
+        self._keep(await self._dial_one(peer, address))
 
     async def adopt(
         self,
@@ -247,22 +266,31 @@ class NativeHost(Host):
         path: Literal["direct", "relayed"] = "direct",
         limit: int | None = None,
     ) -> NativeConnection:
-        self._running()
-        connection = await upgrade(
-            byte_stream,
-            role=role,
-            static=self._static,
-            random=self._random,
-            scratch=self._scratch,
-            expected_peer=expected_peer,
-            timeout_s=self._handshake_timeout_s,
-        )
+        try:
+            self._running()
+            self._ask_gate(byte_stream.remote_address, role, expected_peer)
+        except BaseException:
+            byte_stream.close()
+            raise
+        if limit is not None:
+            byte_stream = LimitedStream(byte_stream, bytes_max=limit)
+        if role == "initiator":
+            connection = await self._upgrade(byte_stream, role, expected_peer)
+        else:
+            connection = await self._respond(byte_stream, expected_peer)
         connection.path, connection.limit = path, limit
-        if not self._may_keep(connection):
-            connection.close()
-            raise DialFailed(f"a connection to {connection.peer} is not allowed, or one too many")
+        self._admission.check(connection)
         self._keep(connection)
         return connection
+
+    def _ask_gate(self, remote: Address, role: str, expected_peer: PeerId | None) -> None:
+        """Ask what is asked of a dial where the peer is chosen here, else what a stranger is."""
+        if role == "initiator" and expected_peer is not None:
+            is_allowed = self.gate.allow_dial(expected_peer, remote)
+        else:
+            is_allowed = self.gate.allow_address(remote)
+        if not is_allowed:
+            raise DialFailed(f"the gate forbids a connection with {remote}")
 
     def _keep(self, connection: NativeConnection) -> None:
         """Keep a dialled connection: it is in the table before anybody else runs."""
@@ -280,58 +308,50 @@ class NativeHost(Host):
                 byte_stream = await listener.accept()
             except ConnectionLost:
                 return
-            has_room = len(self._table) < config.CONNECTIONS_MAX or self._make_room()
-            if not has_room or not self.gate.allow_address(byte_stream.remote_address):
+            if self._admission.admits(byte_stream.remote_address):
+                self._tasks.start_soon(self._serve_inbound, byte_stream)
+            else:
                 byte_stream.close()
-                continue
-            self._tasks.start_soon(self._serve_inbound, byte_stream)
-
-    def _make_room(self) -> bool:
-        """Close the oldest connection that the gate does not mind losing; False if there is none.
-
-        Strangers prove themselves quickly or not at all; they must not shut the members out.
-        """
-        for connection in self._table.oldest_first():
-            if connection.is_alive and self.gate.may_drop(connection.peer):
-                connection.close()
-                return True
-        return False
 
     async def _serve_inbound(self, byte_stream: ByteStream) -> None:
-        remote = byte_stream.remote_address
-        connection: NativeConnection | None = None
-        with self._handshakes.admit(remote):
-            try:
-                connection = await upgrade(
-                    byte_stream,
-                    role="responder",
-                    static=self._static,
-                    random=self._random,
-                    scratch=self._scratch,
-                    timeout_s=self._handshake_timeout_s,
-                )
-            except (NetworkError, ProtocolError) as error:
-                logger.debug("handshake.failed", extra={"remote": remote, "error": str(error)})
-        if connection is None:
+        try:
+            connection = await self._respond(byte_stream, None)
+            self._admission.check(connection)
+        except (NetworkError, ProtocolError) as error:
+            fields = {"remote": byte_stream.remote_address, "error": str(error)}
+            logger.debug("handshake.failed", extra=fields)
             return
-        if self._is_closed or not self._may_keep(connection):
+        if self._is_closed:
             connection.close()
             return
         self._add(connection)
         await self._run_connection(connection)
 
+    async def _respond(
+        self, byte_stream: ByteStream, expected_peer: PeerId | None
+    ) -> NativeConnection:
+        """Answer a handshake, in one of the places there are for that."""
+        with self._handshakes.admit(byte_stream.remote_address):
+            return await self._upgrade(byte_stream, "responder", expected_peer)
+        raise DialFailed("newer handshakes took the place of this one")
+
+    async def _upgrade(
+        self,
+        byte_stream: ByteStream,
+        role: Literal["initiator", "responder"],
+        expected_peer: PeerId | None,
+    ) -> NativeConnection:
+        return await upgrade(
+            byte_stream,
+            role=role,
+            static=self._static,
+            random=self._random,
+            scratch=self._scratch,
+            expected_peer=expected_peer,
+            timeout_s=self._handshake_timeout_s,
+        )
+
     # Connections -----------------------------------------------------------------
-
-    def _may_keep(self, connection: NativeConnection) -> bool:
-        """Decide about a connection whose peer is proven.
-
-        That peer is this node itself where somebody carries its own handshake back to it.
-        """
-        peer = connection.peer
-        is_full = self._table.count(peer) >= config.CONNECTIONS_PER_PEER_MAX
-        if is_full or peer == self.identity.peer_id:
-            return False
-        return self.gate.allow_peer(peer, connection.direction)
 
     def _add(self, connection: NativeConnection) -> None:
         connection.on_closed = self._remove
@@ -348,24 +368,8 @@ class NativeHost(Host):
 
     async def _run_connection(self, connection: NativeConnection) -> None:
         self._tasks.start_soon(self._info.ask, connection)
-        if self._table.count(connection.peer) > 1:
-            self._tasks.start_soon(self._retire, connection.peer)
+        self._tasks.start_soon(self._paths.retire, connection.peer)
         await connection.run(self._router.serve)
-
-    async def _retire(self, peer: PeerId) -> None:
-        """Close the superseded connections of a peer once no stream is on them."""
-        while self._table.count(peer) > 1:
-            await trio.sleep(RETIRE_PAUSE_S)
-            superseded = [
-                item
-                for item in self._table.all()
-                if item.peer == peer and self._table.is_superseded(item)
-            ]
-            if not superseded:
-                return
-            for connection in superseded:
-                if not connection.stream_count:
-                    connection.close()
 
     async def _push_changes(self) -> None:
         """Tell the peers when what this node listens on or serves has changed."""
@@ -381,8 +385,7 @@ class NativeHost(Host):
     def set_handler(
         self, protocol: ProtocolId, handler: StreamHandler, *, allow_limited: bool = False
     ) -> None:
-        """Serve a protocol's inbound streams; there are no limited paths yet to allow it on."""
-        self._router.set_handler(protocol, handler)
+        self._router.set_handler(protocol, handler, allow_limited=allow_limited)
         self._changed.set()
 
     async def open_stream(
@@ -398,13 +401,15 @@ class NativeHost(Host):
         Read the stream to its end, or reset it: until then it is kept, with what lies unread.
 
         Raises:
-            ConnectionLost: The peer is not connected.
+            ConnectionLost: The peer is not connected, or by a limited path alone.
             RemoteProtocolError: The peer speaks none of the protocols.
             PeerTimeout: It did not answer.
         """
-        connection = self._table.best(peer)
+        connection = self._table.best(peer, allow_limited=allow_limited)
         if connection is None:
-            raise ConnectionLost(f"{peer} is not connected")
+            is_limited = self._table.best(peer) is not None
+            how = "connected by a limited path alone" if is_limited else "not connected"
+            raise ConnectionLost(f"{peer} is {how}")
         stream = connection.open_stream(protocols[0], priority)
         dialer = Dialer(protocols)
         if len(protocols) == 1:

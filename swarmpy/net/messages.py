@@ -9,6 +9,7 @@ from collections import deque
 from typing import TypeVar
 
 import msgspec
+import trio
 
 from swarmpy.abc import Stream
 from swarmpy.errors import ConnectionLost, FrameTooLarge, RemoteProtocolError
@@ -24,6 +25,11 @@ JOINED_BYTES_MAX = 32 * 1024
 PIECE_BYTES_MIN = 4 * 1024
 """Smaller pieces behind others are joined: a frame that drips in byte by byte must not cost 350
 times its size in objects."""
+
+FRAME_TIMEOUT_S = 30.0
+FRAME_BYTES_PER_S_MIN = 8 * 1024
+"""A frame that has begun is whole within half a minute and what its bytes take at 8 KiB/s: slower
+than any link, even below more urgent traffic. Who drips bytes would hold its buffer for ever."""
 
 
 class MessageStream:
@@ -99,22 +105,15 @@ class MessageStream:
 
         Raises:
             FrameTooLarge: More than `bytes_max` bytes are announced; none of them is read.
-            RemoteProtocolError: The stream ended inside a frame.
+            RemoteProtocolError: The stream ended inside a frame, or its rest did not come in time.
             StreamReset, ConnectionLost: As for `Stream.receive_some`.
         """
-        while (head := self._decode_head()) is None:
-            if not await self._receive():
-                if self._size:
-                    raise self._cut()
-                return None
-        size, head_bytes = head
-        if size > bytes_max:
-            raise FrameTooLarge(f"frame of {size} bytes exceeds {bytes_max}", peer=self.peer)
-        self._take(head_bytes)
-        while self._size < size:
-            if not await self._receive():
-                raise self._cut()
-        return self._take(size)
+        if not self._size and not await self._receive():
+            return None
+        head = self._decode_head()
+        if head is None or self._size < sum(head):
+            return await self._receive_rest(bytes_max)
+        return self._take(self._take_head(head, bytes_max))
 
     async def close_write(self) -> None:
         """Say that no more frames follow."""
@@ -133,6 +132,34 @@ class MessageStream:
             if len(head) == wire.VARINT_BYTES_MAX:
                 break
         return wire.decode_varint(head)
+
+    async def _receive_rest(self, bytes_max: int) -> memoryview:
+        """Wait until a frame that has begun is whole, and return its bytes."""
+        try:
+            with trio.fail_after(FRAME_TIMEOUT_S) as scope:
+                while (head := self._decode_head()) is None:
+                    await self._receive_more()
+                size = self._take_head(head, bytes_max)
+                scope.deadline += size / FRAME_BYTES_PER_S_MIN
+                while self._size < size:
+                    await self._receive_more()
+                return self._take(size)
+        except trio.TooSlowError:
+            raise RemoteProtocolError(
+                f"a frame came more slowly than {FRAME_BYTES_PER_S_MIN} bytes/s", peer=self.peer
+            ) from None
+
+    async def _receive_more(self) -> None:
+        if not await self._receive():
+            raise RemoteProtocolError("the stream ended inside a frame", peer=self.peer)
+
+    def _take_head(self, head: tuple[int, int], bytes_max: int) -> int:
+        """Take a frame's length and return its size."""
+        size, head_bytes = head
+        if size > bytes_max:
+            raise FrameTooLarge(f"frame of {size} bytes exceeds {bytes_max}", peer=self.peer)
+        self._take(head_bytes)
+        return size
 
     async def _receive(self) -> bool:
         data = await self.stream.receive_some()
@@ -173,6 +200,3 @@ class MessageStream:
         except RemoteProtocolError as error:
             error.peer = error.peer or self.peer
             raise
-
-    def _cut(self) -> RemoteProtocolError:
-        return RemoteProtocolError("the stream ended inside a frame", peer=self.peer)

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 import trio
 
 from swarmpy.abc import Address, Connection, Priority, ProtocolId, Stream, WallSeconds
-from swarmpy.errors import FrameTooLarge, NetworkError, PeerTimeout, ProtocolError
+from swarmpy.errors import BadMessage, FrameTooLarge, NetworkError, PeerTimeout, ProtocolError
 from swarmpy.identity import Identity, PeerId, RandomBytes
 from swarmpy.net.connection import NativeConnection
 from swarmpy.net.messages import MessageStream
 from swarmpy.net.stream import NativeStream
-from swarmpy.proto import identify, ping
+from swarmpy.proto import identify, multiaddr, ping
 from swarmpy.proto.identify import IdentifyInfo
 from swarmpy.proto.multistream import Dialer
 
@@ -55,6 +55,8 @@ class PeerInfo:
         self._protocols_for = protocols_for
         self._wall_time = wall_time
         self._seq = 0
+        self._record = b""
+        self._recorded: list[Address] | None = None  # what `_record` says
         self._infos: dict[Connection, IdentifyInfo] = {}
         self._news = trio.lowlevel.ParkingLot()
 
@@ -66,6 +68,14 @@ class PeerInfo:
         """Forget what was said on a connection that is closed."""
         self._infos.pop(connection, None)
         self._news.unpark_all()
+
+    def observations(self) -> list[tuple[Connection, str]]:
+        """Return where the peers say they see this node, by connection."""
+        return [
+            (connection, info.observed_address)
+            for connection, info in self._infos.items()
+            if info.observed_address
+        ]
 
     async def wait_news(self) -> None:
         """Wait until any peer says something about itself, or is forgotten."""
@@ -104,18 +114,18 @@ class PeerInfo:
             logger.debug("push.failed", extra={"peer": connection.peer, "error": str(error)})
 
     async def answer_ping(self, stream: Stream) -> None:
-        """Handler of ping: send every 32 bytes back."""
+        """Handler of ping: send every 32 bytes back, to whoever also reads them."""
         received = b""
         while True:
             with trio.move_on_after(PING_IDLE_S) as scope:
                 data = await stream.receive_some()
+                received += data
+                whole = len(received) - len(received) % ping.PAYLOAD_BYTES
+                if whole:
+                    await stream.send_all(received[:whole])
+                    received = received[whole:]
             if scope.cancelled_caught or not data:
                 return
-            received += data
-            whole = len(received) - len(received) % ping.PAYLOAD_BYTES
-            if whole:
-                await stream.send_all(received[:whole])
-                received = received[whole:]
 
     async def ping(self, connection: NativeConnection) -> float:
         """Send one ping and return its round trip in seconds.
@@ -141,19 +151,27 @@ class PeerInfo:
 
     async def _tell(self, stream: Stream) -> None:
         addresses = list(self._addresses())[: identify.ADDRESSES_MAX]
-        record = b""
-        if self._wall_time is not None:
-            self._seq = max(self._seq + 1, int(self._wall_time() * 1000))
-            record = identify.seal_peer_record(self._identity, addresses, seq=self._seq)
         info = IdentifyInfo(
             agent=self._agent,
             protocols=tuple(self._protocols_for(stream.peer)),
             addresses=tuple(addresses),
-            observed_address=stream.connection.remote_address,
+            observed_address=_known_or_nothing(stream.connection.remote_address),
         )
-        message = identify.encode(info, public_key=self._identity.public_key, signed_record=record)
+        message = identify.encode(
+            info,
+            public_key=self._identity.public_key,
+            signed_record=self._signed_record(addresses),
+        )
         await MessageStream(stream).send_frame(message)
         await stream.close_write()
+
+    def _signed_record(self, addresses: list[Address]) -> bytes:
+        """Return the signed peer record, made anew only where the addresses changed."""
+        if self._wall_time is not None and self._recorded != addresses:
+            self._seq = max(self._seq + 1, int(self._wall_time() * 1000))
+            self._record = identify.seal_peer_record(self._identity, addresses, seq=self._seq)
+            self._recorded = addresses
+        return self._record
 
     async def _take(self, stream: Stream) -> None:
         """Read an identify message, which may come in parts, and remember it."""
@@ -167,6 +185,15 @@ class PeerInfo:
         if stream.connection.is_open:
             self._infos[stream.connection] = info
             self._news.unpark_all()
+
+
+def _known_or_nothing(address: Address) -> str:
+    """Return an address that identify can carry, "" for one in protocols unknown here."""
+    try:
+        multiaddr.components(address)
+    except BadMessage:
+        return ""
+    return address
 
 
 @contextmanager

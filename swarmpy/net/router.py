@@ -32,6 +32,7 @@ class Router:
         """Args: allow: Whether the gate lets a peer use a protocol."""
         self._allow = allow
         self._handlers: dict[ProtocolId, StreamHandler] = {}
+        self._allowed_limited: set[ProtocolId] = set()
         self._penalties: WeakKeyDictionary[Connection, int] = WeakKeyDictionary()
 
     @property
@@ -43,8 +44,10 @@ class Router:
         """Protocols that the gate lets a peer use."""
         return tuple(item for item in self.protocols if self._allow(peer, item))
 
-    def set_handler(self, protocol: ProtocolId, handler: StreamHandler) -> None:
-        """Serve a protocol from now on.
+    def set_handler(
+        self, protocol: ProtocolId, handler: StreamHandler, *, allow_limited: bool = False
+    ) -> None:
+        """Serve a protocol from now on; on connections with a byte limit only if allowed there.
 
         Raises:
             ConfigError: It already has a handler.
@@ -52,6 +55,8 @@ class Router:
         if protocol in self._handlers:
             raise ConfigError(f"{protocol} already has a handler")
         self._handlers[protocol] = handler
+        if allow_limited:
+            self._allowed_limited.add(protocol)
 
     async def serve(self, stream: NativeStream) -> None:
         """Agree on a protocol, run its handler, and contain whatever goes wrong."""
@@ -75,10 +80,11 @@ class Router:
     async def _agree(self, stream: NativeStream) -> StreamHandler | None:
         """Negotiate the protocol; None if the peer left without finding one."""
         peer = stream.peer
+        served = self._handlers if stream.connection.limit is None else self._allowed_limited
 
         def serves(protocol: str) -> bool:
             known = ProtocolId(protocol)
-            return known in self._handlers and self._allow(peer, known)
+            return known in served and self._allow(peer, known)
 
         selector = Selector(serves)
         with trio.move_on_after(config.STREAM_NEGOTIATION_TIMEOUT_S) as scope:

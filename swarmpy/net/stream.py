@@ -14,7 +14,6 @@ import trio
 from swarmpy.abc import Priority, ProtocolId, Stream
 from swarmpy.errors import LocalProtocolError, RemoteProtocolError, StreamReset
 from swarmpy.proto.multistream import Dialer
-from swarmpy.proto.yamux import FRAME_DATA_BYTES_MAX
 
 if TYPE_CHECKING:
     from swarmpy.net.connection import NativeConnection
@@ -97,7 +96,6 @@ class NativeStream(Stream):
             raise
         finally:
             self._is_sending = False
-            connection.pass_turn()
 
     async def receive_some(self, bytes_max: int | None = None) -> bytes:
         self._propose_now()
@@ -208,22 +206,31 @@ class NativeStream(Stream):
     async def _send(self, data: memoryview) -> None:
         connection = self.connection
         offset, total = 0, len(data)
-        while offset < total:
-            self._raise_if_broken()
-            if self._is_write_closed:
-                raise StreamReset("the stream was closed for sending")
-            if connection.is_congested:
-                await connection.wait_turn(self.priority)
-                continue
-            window = connection.window(self.stream_id)
-            if not window:
+        has_turn = False
+        try:
+            while offset < total:
+                self._raise_if_broken()
+                if self._is_write_closed:
+                    raise StreamReset("the stream was closed for sending")
+                window = connection.window(self.stream_id)
+                if not window:
+                    if has_turn:
+                        has_turn = False
+                        connection.pass_turn()
+                    await self._wait_window()
+                elif connection.is_busy and not has_turn:
+                    await connection.wait_turn(self.priority)
+                    has_turn = True
+                else:
+                    size = min(window, connection.pace.turn_bytes, total - offset)
+                    connection.send_data(self.stream_id, data[offset : offset + size])
+                    offset += size
+                    if has_turn and connection.is_turn_wanted(self.priority):
+                        has_turn = False
+                        connection.pass_turn()
+        finally:
+            if has_turn:
                 connection.pass_turn()
-                await self._wait_window()
-                continue
-            size = min(window, FRAME_DATA_BYTES_MAX, total - offset)
-            connection.send_data(self.stream_id, data[offset : offset + size])
-            offset += size
-            connection.pass_turn()
 
     def _check_answer(self) -> None:
         """Feed received bytes to the negotiation that is still open."""

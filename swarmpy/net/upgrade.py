@@ -25,8 +25,9 @@ from swarmpy.net.connection import NativeConnection, Scratch, Secured
 from swarmpy.proto import noise, yamux
 from swarmpy.proto.multistream import Dialer, Selector
 
-READ_BYTES = 1024
-"""Read at a time before the peer is proven; a handshake message of ours has about 200 bytes."""
+READ_BYTES = 512
+"""Read at a time before the peer is proven: with the largest handshake message a stranger is held
+3.5 KiB, however much it sends."""
 
 
 async def upgrade(
@@ -55,22 +56,24 @@ async def upgrade(
         ConnectionLost: The byte stream ended.
         PeerTimeout: The other side was silent or slow.
     """
-    is_initiator = role == "initiator"
-    handshake = noise.Handshake(
-        is_initiator=is_initiator,
-        static=static,
-        ephemeral=random.randbytes(32),
-        expected_peer=expected_peer,
-        muxers=early_muxers,
-    )
+    wire = _Wire(byte_stream, scratch)
     try:
         with trio.fail_after(timeout_s):
-            secured = await _secure(_Wire(byte_stream), handshake, is_initiator=is_initiator)
+            await _negotiate(wire, noise.PROTOCOL, is_initiator=role == "initiator")
+            handshake = noise.Handshake(  # not before: a stranger that says nothing costs no keys
+                is_initiator=role == "initiator",
+                static=static,
+                ephemeral=random.randbytes(32),
+                expected_peer=expected_peer,
+                muxers=early_muxers,
+                spare_ephemeral=random.randbytes(32),
+            )
+            secured = await _secure(wire, handshake)
         return NativeConnection(
             byte_stream,
             secured,
-            is_initiator=is_initiator,
-            direction="outbound" if is_initiator else "inbound",
+            is_initiator=handshake.is_initiator,
+            direction="outbound" if handshake.is_initiator else "inbound",
             scratch=scratch,
         )
     except trio.TooSlowError:
@@ -88,9 +91,8 @@ async def upgrade(
         raise
 
 
-async def _secure(wire: _Wire, handshake: noise.Handshake, *, is_initiator: bool) -> Secured:
-    await _negotiate(wire, noise.PROTOCOL, is_initiator=is_initiator)
-    if is_initiator:
+async def _secure(wire: _Wire, handshake: noise.Handshake) -> Secured:
+    if handshake.is_initiator:
         await wire.send_message(handshake.start())
     while not handshake.is_finished:
         answer = handshake.receive(await wire.receive_message())
@@ -100,7 +102,7 @@ async def _secure(wire: _Wire, handshake: noise.Handshake, *, is_initiator: bool
     early_plaintext = b""
     if handshake.muxer is None:
         sealed = _SealedWire(wire, sealer, opener)
-        await _negotiate(sealed, yamux.PROTOCOL, is_initiator=is_initiator)
+        await _negotiate(sealed, yamux.PROTOCOL, is_initiator=handshake.is_initiator)
         early_plaintext = sealed.received
     assert handshake.peer is not None
     return Secured(
@@ -116,9 +118,9 @@ async def _secure(wire: _Wire, handshake: noise.Handshake, *, is_initiator: bool
 class _Wire:
     """A byte stream that is no connection yet; `received` keeps what came too early."""
 
-    def __init__(self, byte_stream: ByteStream) -> None:
+    def __init__(self, byte_stream: ByteStream, scratch: Scratch) -> None:
         self._byte_stream = byte_stream
-        self._buffer = memoryview(bytearray(READ_BYTES))
+        self._buffer = scratch.received[:READ_BYTES]  # the node's, never held across an await
         self.received = b""
 
     async def send(self, data: bytes) -> None:

@@ -1,13 +1,15 @@
 """Yamux: many streams on one connection, each with its own window.
 
 Sans-IO: decrypted bytes go in, events come out, and frames to send gather in `outbox`. Receive
-windows are enforced: a peer that sends more than it was granted loses the connection.
+windows are enforced: a peer that sends more than it was granted loses the connection. They grow for
+readers that keep up, inside a budget that all sessions of a node share.
 Spec: hashicorp yamux specification, libp2p specs, yamux; protocols/yamux.md.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import msgspec
 
@@ -21,6 +23,25 @@ INITIAL_WINDOW_BYTES = 256 * 1024
 FRAME_DATA_BYTES_MAX = 65519
 """Most data in one frame sent: every implementation takes 64 KiB, and 17 bytes less make it exactly
 one Noise frame."""
+
+WINDOW_BYTES_MAX = 4 * 1024 * 1024
+"""Largest receive window: 1 Gbit/s over a round trip of 30 ms."""
+
+GROWTH_RTTS_MAX = 2.0
+"""A window grows if half of it was read within this many round trips: then the sender waited for
+it, or soon would. It stops at four times what the path holds."""
+
+GROWTH_RTT_S_MIN = 0.001
+"""Shorter round trips count as this: on a fast path what costs is waking up for every grant."""
+
+WINDOW_IDLE_S = 10.0
+"""A grown window of which not even half was read for so long goes back to the initial one."""
+
+RECEIVE_BUDGET_BYTES = 256 * 1024 * 1024
+"""Unread bytes and grown windows of a node, over all its connections."""
+
+GROWTH_BYTES_MAX = 32 * 1024 * 1024
+"""Growth of one session's windows: no peer takes more than an eighth of the budget."""
 
 HEADER_BYTES = 12
 
@@ -95,22 +116,28 @@ class _Stream:
         "credit",
         "flags",
         "granted",
+        "granted_s",
         "is_local_open",
         "is_remote_open",
+        "receive_window",
         "unread",
         "unread_since",
         "window",
     )
 
-    def __init__(self, flags: int) -> None:
+    def __init__(self, flags: int, now_s: float) -> None:
         self.flags = flags
         """SYN or ACK until the first frame carried it."""
         self.window = INITIAL_WINDOW_BYTES
         """Bytes we may still send."""
         self.granted = INITIAL_WINDOW_BYTES
         """Bytes the peer may still send."""
+        self.granted_s = now_s
+        """When window was last granted."""
+        self.receive_window = INITIAL_WINDOW_BYTES
+        """Always `granted + unread + credit` while the peer may send."""
         self.credit = 0
-        """Bytes read here and not yet granted anew."""
+        """Bytes read here and not yet granted anew; negative after the window shrank."""
         self.unread = 0
         self.unread_since = 0
         """Serial of the moment the oldest unread byte came."""
@@ -118,11 +145,66 @@ class _Stream:
         self.is_remote_open = True
 
 
+class ReceiveBudget:
+    """What the peers of a node may make it hold: unread bytes and grown windows of all sessions.
+
+    Past it the streams whose unread bytes are the oldest are reset, whosever they are; the sockets
+    are read on.
+
+    Attributes:
+        unread_bytes: Received and not yet read, over all sessions.
+        grown_bytes: Window granted beyond the initial one, over all streams.
+    """
+
+    def __init__(self, bytes_max: int = RECEIVE_BUDGET_BYTES) -> None:
+        self.bytes_max = bytes_max
+        self.unread_bytes = 0
+        self.grown_bytes = 0
+        self.serial = 0
+        """Counts the moments at which a stream began to hold unread bytes."""
+        self._sessions: dict[Yamux, Callable[[int], None]] = {}
+
+    def join(self, session: Yamux, on_reset: Callable[[int], None]) -> None:
+        """Let `session` be shed: `on_reset` is told each stream that was reset for the budget."""
+        self._sessions[session] = on_reset
+
+    def leave(self, session: Yamux) -> None:
+        """Forget a session that is over, and what it held."""
+        self._sessions.pop(session, None)
+        session.forget_all()
+
+    def take_growth(self, size: int) -> bool:
+        """Take `size` bytes for a window that grows; False if they would pass the budget."""
+        if self.unread_bytes + self.grown_bytes + size > self.bytes_max:
+            return False
+        self.grown_bytes += size
+        return True
+
+    def shed(self) -> None:
+        """Reset the streams with the oldest unread bytes until a sixteenth of the budget is free.
+
+        Not just until it is kept: a flood would have all streams looked through for every frame.
+        """
+        target = self.bytes_max - self.bytes_max // 16
+        waiting = [
+            (since, stream_id, session)
+            for session in self._sessions
+            for since, stream_id in session.unread_streams()
+        ]
+        waiting.sort(key=lambda item: item[0])
+        for _, stream_id, session in waiting:
+            if self.unread_bytes <= target:
+                return
+            session.reset(stream_id)
+            self._sessions[session](stream_id)
+
+
 class Yamux:
     """One connection's streams.
 
     Attributes:
         outbox: Frames to send; whoever sends empties it.
+        rtt_s: The round trip as its user last measured it, None before; windows grow by it.
     """
 
     def __init__(
@@ -132,16 +214,22 @@ class Yamux:
         inbound_streams_max: int,
         unread_bytes_max: int,
         resets_per_second_max: int,
+        budget: ReceiveBudget | None = None,
     ) -> None:
         """Start a session.
 
         Args:
             is_initiator: Whether this side dialled: it opens odd ids, the other even ones.
             inbound_streams_max: The peer's streams at a time; further ones are reset.
-            unread_bytes_max: Unread bytes of all streams; beyond, the oldest stream is reset.
+            unread_bytes_max: Unread bytes of all streams, besides what windows grew by; beyond,
+                the stream with the oldest is reset.
             resets_per_second_max: Streams refused within a second before the peer is.
+            budget: Shared with the node's other sessions; None: of its own.
         """
         self.outbox = bytearray()
+        self.rtt_s: float | None = None
+        self._budget = ReceiveBudget() if budget is None else budget
+        self._now_s = 0.0  # of the last bytes received
         self._streams: dict[int, _Stream] = {}
         self._next_id = 1 if is_initiator else 2
         self._inbound: set[int] = set()
@@ -150,7 +238,7 @@ class Yamux:
         self._resets_per_second_max = resets_per_second_max
         self._unread_bytes_max = unread_bytes_max
         self._unread = 0
-        self._serial = 0
+        self._grown = 0  # what windows grew by, over all streams
         self._refused = 0
         self._refused_since_s = 0.0
         self._late = 0  # bytes that may still be on their way to streams given up here
@@ -183,6 +271,7 @@ class Yamux:
             RemoteProtocolError: A rule is broken; the connection cannot go on.
         """
         events: list[Event] = []
+        self._now_s = now_s
         if self._header:
             data = self._header + data
             self._header = b""
@@ -202,17 +291,15 @@ class Yamux:
             if version or flags & ~_FLAGS:
                 raise _broken(f"yamux version {version}, flags {flags:#x}")
             if kind == _DATA:
-                self._take_data_header(flags, stream_id, value, events, now_s)
+                self._take_data_header(flags, stream_id, value, events)
             elif kind == _WINDOW:
-                self._take_window(flags, stream_id, value, events, now_s)
+                self._take_window(flags, stream_id, value, events)
             else:
                 self._take_session_frame(kind, flags, stream_id, value, events)
         return events
 
-    def _take_data_header(
-        self, flags: int, stream_id: int, size: int, events: list[Event], now_s: float
-    ) -> None:
-        stream = self._find(flags, stream_id, events, now_s)
+    def _take_data_header(self, flags: int, stream_id: int, size: int, events: list[Event]) -> None:
+        stream = self._find(flags, stream_id, events)
         if stream is None:
             # On its way when its stream was reset or refused: read past it, within its window.
             self._late -= size
@@ -238,21 +325,23 @@ class Yamux:
         stream = self._streams.get(stream_id)
         if stream is None:
             return
+        budget = self._budget
         if not stream.unread:
-            self._serial += 1
-            stream.unread_since = self._serial
+            budget.serial += 1
+            stream.unread_since = budget.serial
         stream.unread += size
         self._unread += size
+        budget.unread_bytes += size
         events.append(DataReceived(stream_id, data))
         if self._data_ends and not self._data_left:
             self._end_remote(stream_id, events)
-        if self._unread > self._unread_bytes_max:
-            self._shed(events)
+        while self._unread > self._unread_bytes_max + self._grown:
+            self._shed(events)  # more than once: the oldest may have less than what just came
+        if budget.unread_bytes > budget.bytes_max:
+            budget.shed()
 
-    def _take_window(
-        self, flags: int, stream_id: int, value: int, events: list[Event], now_s: float
-    ) -> None:
-        stream = self._find(flags, stream_id, events, now_s)
+    def _take_window(self, flags: int, stream_id: int, value: int, events: list[Event]) -> None:
+        stream = self._find(flags, stream_id, events)
         if stream is None:
             return
         if value:
@@ -280,9 +369,7 @@ class Yamux:
         else:
             raise _broken(f"yamux frame of kind {kind}")
 
-    def _find(
-        self, flags: int, stream_id: int, events: list[Event], now_s: float
-    ) -> _Stream | None:
+    def _find(self, flags: int, stream_id: int, events: list[Event]) -> _Stream | None:
         """Return a frame's stream, opened if the frame says so; None for one that is gone."""
         if not flags & _SYN:
             if stream_id == 0 or (self._is_ours(stream_id) and stream_id >= self._next_id):
@@ -293,9 +380,9 @@ class Yamux:
         if stream_id in self._streams or stream_id in self._inbound:
             raise _broken(f"peer opened stream {stream_id} twice")
         if not self._is_open or len(self._inbound) >= self._inbound_streams_max:
-            self._refuse(stream_id, now_s)
+            self._refuse(stream_id)
             return None
-        stream = self._streams[stream_id] = _Stream(_ACK)
+        stream = self._streams[stream_id] = _Stream(_ACK, self._now_s)
         self._inbound.add(stream_id)
         events.append(StreamOpened(stream_id))
         return stream
@@ -303,9 +390,9 @@ class Yamux:
     def _is_ours(self, stream_id: int) -> bool:
         return stream_id % 2 != self._inbound_parity
 
-    def _refuse(self, stream_id: int, now_s: float) -> None:
-        if now_s - self._refused_since_s >= 1.0:
-            self._refused_since_s, self._refused = now_s, 0
+    def _refuse(self, stream_id: int) -> None:
+        if self._now_s - self._refused_since_s >= 1.0:
+            self._refused_since_s, self._refused = self._now_s, 0
         self._refused += 1
         self._late += INITIAL_WINDOW_BYTES
         if self._refused > self._resets_per_second_max:
@@ -327,8 +414,7 @@ class Yamux:
 
     def _shed(self, events: list[Event]) -> None:
         """Reset the stream whose unread bytes are the oldest."""
-        waiting = (item for item in self._streams.items() if item[1].unread)
-        stream_id, _ = min(waiting, key=lambda item: item[1].unread_since)
+        _, stream_id = min(self.unread_streams())
         self.reset(stream_id)
         events.append(StreamWasReset(stream_id, by_peer=False))
 
@@ -344,7 +430,7 @@ class Yamux:
             raise LocalProtocolError("no more streams on this connection")
         stream_id = self._next_id
         self._next_id += 2
-        self._streams[stream_id] = _Stream(_SYN)
+        self._streams[stream_id] = _Stream(_SYN, self._now_s)
         return stream_id
 
     def window(self, stream_id: int) -> int:
@@ -377,9 +463,10 @@ class Yamux:
             return
         stream.unread -= size
         self._unread -= size
+        self._budget.unread_bytes -= size
         if stream.is_remote_open:
             stream.credit += size
-            if stream.credit >= INITIAL_WINDOW_BYTES // 2:
+            if stream.credit >= stream.receive_window // 2:
                 self._grant(stream_id, stream)
         else:
             self._forget_if_ended(stream_id, stream)
@@ -391,13 +478,58 @@ class Yamux:
             return
         stream.unread += size
         self._unread += size
+        self._budget.unread_bytes += size
         stream.credit -= size
 
+    def shrink_idle(self, now_s: float) -> None:
+        """Give back what windows grew by that have been of no use for `WINDOW_IDLE_S`.
+
+        What was granted stays granted; but that much is then read without being granted anew.
+        """
+        if not self._grown:
+            return
+        for stream in self._streams.values():
+            if now_s - stream.granted_s > WINDOW_IDLE_S:
+                stream.credit -= self._take_growth_back(stream)
+
+    def unread_streams(self) -> list[tuple[int, int]]:
+        """Return the streams with unread bytes: since when (a serial of the budget's), and id."""
+        streams = self._streams.items()
+        return [(stream.unread_since, number) for number, stream in streams if stream.unread]
+
+    def forget_all(self) -> None:
+        """Forget all streams, when the connection is over and nobody will read them."""
+        for stream_id in list(self._streams):
+            self._forget(stream_id)
+
     def _grant(self, stream_id: int, stream: _Stream) -> None:
+        self._grow(stream)
+        stream.granted_s = self._now_s
         flags, stream.flags = stream.flags, 0
         self.outbox += _pack(0, _WINDOW, flags, stream_id, stream.credit)
         stream.granted += stream.credit
         stream.credit = 0
+
+    def _grow(self, stream: _Stream) -> None:
+        """Double a stream's window if it holds the sender back, and the reader does not."""
+        growth = stream.receive_window
+        if self.rtt_s is None or growth >= WINDOW_BYTES_MAX or stream.unread > growth // 4:
+            return
+        time_s = GROWTH_RTTS_MAX * max(self.rtt_s, GROWTH_RTT_S_MIN)
+        is_small = self._now_s - stream.granted_s <= time_s
+        may_grow = self._grown + growth <= GROWTH_BYTES_MAX
+        if is_small and may_grow and self._budget.take_growth(growth):
+            self._grown += growth
+            stream.receive_window += growth
+            stream.credit += growth
+
+    def _take_growth_back(self, stream: _Stream) -> int:
+        """Make a stream's window the initial one again and return by how much it had grown."""
+        growth = stream.receive_window - INITIAL_WINDOW_BYTES
+        stream.receive_window = INITIAL_WINDOW_BYTES
+        self._grown -= growth
+        self._budget.grown_bytes -= growth
+        return growth
 
     def close_write(self, stream_id: int) -> None:
         """Send the end of our direction (FIN); nothing happens if it was sent."""
@@ -438,7 +570,10 @@ class Yamux:
             self._forget(stream_id)
 
     def _forget(self, stream_id: int) -> None:
-        self._unread -= self._streams.pop(stream_id).unread
+        stream = self._streams.pop(stream_id)
+        self._take_growth_back(stream)
+        self._unread -= stream.unread
+        self._budget.unread_bytes -= stream.unread
 
 
 def _broken(message: str) -> RemoteProtocolError:

@@ -23,6 +23,7 @@ from swarmpy.abc import Gate, Priority, ProtocolId, Stream
 from swarmpy.errors import ConnectionLost, NetworkError, StreamReset
 from swarmpy.identity import PeerId
 from swarmpy.net.table import ConnectionTable
+from swarmpy.proto import noise
 from swarmpy.testing import Link
 
 SINK = ProtocolId("/swarmpy-test/sink/1")
@@ -341,6 +342,30 @@ async def test_a_stream_its_peer_never_ends_is_reset_after_the_handler(
     assert bob.connections[0].stream_count == 1  # type: ignore[attr-defined]
     await trio.sleep(10)
     assert bob.connections[0].stream_count == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("left", [0, 1, 2])
+async def test_a_connection_ends_before_its_nonces_do(
+    sim: World, autojump_clock: object, left: int
+) -> None:
+    """Each side is told why; nothing is sent under the last nonce, which Noise reserves."""
+    alice, bob = await sim.host("alice"), await sim.host("bob")
+    bob.set_handler(ECHO, echo)
+    stream = await alice.open_stream(await connect(alice, bob), [ECHO])
+    await exchange(stream, b"hello")
+    near, far = alice.connections[0], bob.connections[0]
+    sealer = near._seal_into.__self__  # type: ignore[attr-defined]
+    opener = far._open.__self__  # type: ignore[attr-defined]
+    assert sealer.nonce == opener.nonce
+    sealer.nonce = opener.nonce = noise.NONCE_MAX - left
+    for _ in range(left):
+        assert await exchange(stream, b"x") == b"x"
+    assert near.is_open
+    await stream.send_all(b"x")
+    with pytest.raises(ConnectionLost, match="nonces of this connection are used up"):
+        await stream.receive_some()
+    assert sealer.nonce == noise.NONCE_MAX
+    await wait_until_closed(bob)
 
 
 class Valued(Gate):

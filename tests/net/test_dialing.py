@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import cast
 
 import pytest
 import trio
+import trio.testing
 
+from swarmpy import config
 from swarmpy.abc import Address
+from swarmpy.errors import DialFailed
 from swarmpy.identity import PeerId
 from swarmpy.net.connection import NativeConnection
 from swarmpy.net.dialing import Dials
@@ -39,3 +43,35 @@ async def test_a_connection_proven_as_the_last_one_gives_up_is_closed(
     await trio.testing.wait_all_tasks_blocked()
 
     assert closed == ["closed"]
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+async def test_so_many_addresses_are_dialled_at_a_time(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, beyond: int
+) -> None:
+    """Goal: a flood of addresses takes a bounded number of sockets. One that ends lets one more."""
+    monkeypatch.setattr(config, "DIALS_MAX", 3)
+    under_way: list[PeerId] = []
+    may_end = trio.Event()
+
+    async def dial_one(peer: PeerId, address: Address) -> NativeConnection:
+        under_way.append(peer)
+        if peer == "0":
+            await may_end.wait()
+            raise DialFailed("nobody there")
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def dial(peer: PeerId) -> None:
+        with contextlib.suppress(DialFailed):
+            await dials.dial(nursery, peer, [Address("/ip4/192.0.2.1/tcp/1")])
+
+    dials = Dials(dial_one, lambda connection: None)
+    for index in range(3 + beyond):
+        nursery.start_soon(dial, PeerId(str(index)))
+        await trio.testing.wait_all_tasks_blocked()
+    assert len(under_way) == min(3, 3 + beyond)
+    may_end.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert len(under_way) == 3 + beyond
+    nursery.cancel_scope.cancel()

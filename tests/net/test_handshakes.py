@@ -6,8 +6,9 @@ import pytest
 import trio
 import trio.testing
 
+from swarmpy import config
 from swarmpy.abc import Address
-from swarmpy.net.handshakes import Handshakes, subnet_of
+from swarmpy.net.handshakes import SUBNETS_MAX, Arrivals, Handshakes, subnet_of
 
 
 async def hold(
@@ -61,6 +62,47 @@ async def test_a_finished_handshake_frees_its_place() -> None:
         with handshakes.admit(Address(remote(1, port))):
             assert handshakes.count == 1
     assert handshakes.count == 0
+
+
+# How often a place may begin a handshake ----------------------------------------------------
+
+
+def admitted(arrivals: Arrivals, host: int, count: int, *, now_s: float) -> int:
+    """Return how many of `count` strangers from one place are let in."""
+    return sum(arrivals.take(Address(remote(host, 1)), now_s=now_s) for _ in range(count))
+
+
+@pytest.mark.parametrize(("count", "let_in"), [(255, 255), (256, 256), (257, 256)])
+def test_a_place_may_come_so_often_at_once(count: int, let_in: int) -> None:
+    assert config.HANDSHAKES_BURST_MAX == 256
+    assert admitted(Arrivals(), 1, count, now_s=5.0) == let_in
+
+
+@pytest.mark.parametrize(("after_s", "let_in"), [(0.5, 8), (1.0, 16), (2.0, 32), (100.0, 256)])
+def test_a_place_that_came_too_often_may_come_evenly_afterwards(
+    after_s: float, let_in: int
+) -> None:
+    assert config.HANDSHAKES_PER_SECOND_MAX == 16.0
+    arrivals = Arrivals()
+    admitted(arrivals, 1, 1000, now_s=0.0)
+    assert admitted(arrivals, 1, 1000, now_s=after_s) == let_in
+
+
+def test_a_flood_costs_other_places_nothing() -> None:
+    arrivals = Arrivals()
+    admitted(arrivals, 1, 1000, now_s=0.0)
+    assert admitted(arrivals, 2, 256, now_s=0.0) == 256
+
+
+@pytest.mark.parametrize(("others", "let_in"), [(-2, 0), (-1, 0), (0, 256)])
+def test_so_many_places_are_remembered(others: int, let_in: int) -> None:
+    """The place that flooded is forgotten only when `SUBNETS_MAX` others came after it."""
+    arrivals = Arrivals()
+    admitted(arrivals, 7, 256, now_s=0.0)
+    for index in range(SUBNETS_MAX + others):
+        address = Address(f"/ip4/10.0.{index // 256}.{index % 256}/tcp/1")
+        assert arrivals.take(address, now_s=0.0)
+    assert admitted(arrivals, 7, 256, now_s=0.0) == let_in
 
 
 def test_an_ipv6_party_holds_its_64_bit_prefix() -> None:

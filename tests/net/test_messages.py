@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
-from typing import Annotated
+from collections.abc import Awaitable
+from typing import Annotated, TypeVar
 
 import msgspec
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 from net_hosts import ECHO, World, connect, echo
@@ -16,6 +18,8 @@ from swarmpy.errors import BadMessage, ConnectionLost, FrameTooLarge, RemoteProt
 from swarmpy.identity import PeerId
 from swarmpy.net.messages import JOINED_BYTES_MAX, MessageStream
 from swarmpy.proto import wire
+
+T = TypeVar("T")
 
 
 class Greeting(msgspec.Struct, frozen=True):
@@ -48,13 +52,13 @@ class Pieces(Stream):
         raise NotImplementedError
 
 
-def run(coroutine: object) -> object:
+def run(coroutine: Awaitable[T]) -> T:
     """Run a coroutine that never waits: these streams have everything at hand."""
-    try:
-        coroutine.send(None)  # type: ignore[attr-defined]
-    except StopIteration as stop:
-        return stop.value
-    raise AssertionError("it waited")
+
+    async def main() -> T:
+        return await coroutine
+
+    return trio.run(main)
 
 
 @given(st.lists(st.binary(max_size=50), max_size=6), st.data())

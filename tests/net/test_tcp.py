@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import resource
 import socket
+import sys
 from collections.abc import AsyncIterator
 
 import pytest
@@ -146,6 +147,145 @@ async def test_a_closed_listener_wakes_who_accepts(listener: Listener) -> None:
         await trio.testing.wait_all_tasks_blocked()
         listener.close()
     await accept()
+
+
+# The port dials leave from -----------------------------------------------------------------
+
+
+shares_ports = pytest.mark.skipif(
+    sys.platform != "linux", reason="other systems may refuse to share a port that listens"
+)
+
+
+def port_of(address: Address) -> int:
+    return int(address.rpartition("/")[2])
+
+
+@shares_ports
+@pytest.mark.parametrize("listened", ["127.0.0.1", "0.0.0.0"])
+async def test_a_dial_leaves_from_the_port_that_is_listened_on(
+    listener: Listener, listened: str
+) -> None:
+    """What the peer sees of us is then an address at which we answer."""
+    network = TcpNetwork()
+    own = await network.listen(Address(f"/ip4/{listened}/tcp/0"))
+    near = await network.dial(listener.address)
+    far = await listener.accept()
+    assert far.remote_address == f"/ip4/127.0.0.1/tcp/{port_of(own.address)}"
+    back = await TcpNetwork().dial(far.remote_address)
+    accepted = await own.accept()
+    for item in (near, far, back, accepted, own):
+        item.close()
+
+
+@shares_ports
+async def test_a_second_dial_to_one_address_leaves_from_another_port(listener: Listener) -> None:
+    """Two connections between the same two ports there cannot be."""
+    network = TcpNetwork()
+    own = await network.listen(LOOPBACK)
+    dialled = [await network.dial(listener.address) for _ in range(2)]
+    ports = [port_of(item.local_address) for item in dialled]
+    assert ports[0] == port_of(own.address) != ports[1]
+    for item in (*dialled, own):
+        item.close()
+
+
+async def test_a_dial_does_not_leave_from_a_port_of_another_interface(listener: Listener) -> None:
+    """What listens elsewhere cannot reach loopback, nor IPv6 IPv4."""
+    if not socket.has_ipv6:
+        pytest.skip("this machine has no IPv6")
+    network = TcpNetwork()
+    own = await network.listen(Address("/ip6/::1/tcp/0"))
+    near = await network.dial(listener.address)
+    assert port_of(near.local_address) != port_of(own.address)
+    near.close()
+    own.close()
+
+
+async def test_a_dial_to_the_outside_does_not_leave_from_a_loopback_port() -> None:
+    """A peer elsewhere could not answer to 127.0.0.1."""
+    outside = next(item for item in TcpNetwork().interface_addresses() if "." in item)
+    if outside == "127.0.0.1":
+        pytest.skip("this machine has no IPv4 address but loopback's")
+    far = await TcpNetwork().listen(Address(f"/ip4/{outside}/tcp/0"))
+    network = TcpNetwork()
+    own = await network.listen(LOOPBACK)
+    near = await network.dial(far.address)
+    assert near.local_address.startswith(f"/ip4/{outside}/")
+    for item in (near, own, far):
+        item.close()
+
+
+async def test_after_the_listener_is_closed_dials_leave_from_any_port(listener: Listener) -> None:
+    network = TcpNetwork()
+    own = await network.listen(LOOPBACK)
+    own.close()
+    near = await network.dial(listener.address)
+    assert port_of(near.local_address) != port_of(own.address)
+    near.close()
+
+
+async def test_where_the_system_does_not_share_ports_dials_leave_from_any(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = TcpNetwork()
+    own = await network.listen(LOOPBACK)
+    monkeypatch.delattr(socket, "SO_REUSEPORT")
+    near = await network.dial(listener.address)
+    assert port_of(near.local_address) != port_of(own.address)
+    near.close()
+    own.close()
+
+
+async def test_a_port_from_which_was_dialled_is_still_taken(listener: Listener) -> None:
+    network = TcpNetwork()
+    own = await network.listen(LOOPBACK)
+    near = await network.dial(listener.address)
+    with pytest.raises(ConfigError, match="cannot listen"):
+        await TcpNetwork().listen(own.address)
+    near.close()
+    own.close()
+
+
+async def test_a_port_can_be_listened_on_again_while_its_dials_live_and_after(
+    listener: Listener,
+) -> None:
+    """A node that starts again must not wait for the connections it dialled to be forgotten."""
+    network = TcpNetwork()
+    own = await network.listen(LOOPBACK)
+    near = await network.dial(listener.address)
+    own.close()
+    again = await TcpNetwork().listen(own.address)
+    again.close()
+    near.close()  # first, so that this side remembers the pair of ports for a while
+    again = await TcpNetwork().listen(own.address)
+    again.close()
+
+
+@shares_ports
+async def test_the_port_is_shared_only_while_a_dial_binds(listener: Listener) -> None:
+    """Method: another socket asks to share it, before any dial and after one.
+
+    After a dial Linux lets a socket of the same user share the very same address and port all the
+    same; one that listens on all addresses is refused.
+    """
+    network = TcpNetwork()
+    own = await network.listen(LOOPBACK)
+    assert not can_share("127.0.0.1", own)
+    near = await network.dial(listener.address)
+    assert not can_share("0.0.0.0", own)
+    near.close()
+    own.close()
+
+
+def can_share(host: str, listener: Listener) -> bool:
+    with socket.socket() as thief:
+        thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            thief.bind((host, port_of(listener.address)))
+        except OSError:
+            return False
+        return True
 
 
 async def test_a_listener_survives_running_out_of_file_descriptors(listener: Listener) -> None:

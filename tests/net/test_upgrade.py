@@ -33,14 +33,15 @@ async def byte_streams() -> tuple[ByteStream, ByteStream]:
 
 
 async def upgraded_end(
-    role: Role, end: ByteStream, *, muxers: Sequence[str] = YAMUX
+    role: Role, end: ByteStream, *, muxers: Sequence[str] = YAMUX, name: str = ""
 ) -> NativeConnection:
-    """Return one end's connection, proven as the peer that its role names."""
+    """Return one end's connection, proven as the peer of this name, or that its role names."""
+    name = name or role
     return await upgrade(
         end,
         role=role,
-        static=StaticKey.create(identity(role), random.Random(role).randbytes(32)),
-        random=random.Random(role),
+        static=StaticKey.create(identity(name), random.Random(name).randbytes(32)),
+        random=random.Random(name),
         scratch=Scratch(),
         early_muxers=muxers,
     )
@@ -95,6 +96,26 @@ async def test_who_dialled_may_be_responder() -> None:
     near, far = await upgraded(swapped=True)
     assert (near.is_initiator, far.is_initiator) == (True, False)
     assert near.local_address == "/ip4/10.0.0.2/tcp/7"
+    await check_it_carries(near, far)
+
+
+async def test_where_both_dialled_at_once_one_of_them_becomes_responder() -> None:
+    """TCP makes one connection of two dials that cross; both ends then begin as initiators."""
+    ends = await byte_streams()
+    made: list[NativeConnection] = []
+    names: tuple[Role, Role] = ("initiator", "responder")
+
+    async def make(name: Role, end: ByteStream) -> None:
+        made.append(await upgraded_end("initiator", end, name=name))
+
+    async with trio.open_nursery() as nursery:
+        for name, end in zip(names, ends, strict=True):
+            nursery.start_soon(make, name, end)
+    near, far = made
+    assert near.is_initiator != far.is_initiator
+    assert {near.direction, far.direction} == {"inbound", "outbound"}
+    assert near.channel_binding == far.channel_binding
+    assert near.peer != far.peer
     await check_it_carries(near, far)
 
 
