@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-all
 STAMP_DEV := $(VENV)/.installed-dev
 
-.PHONY: demo test lint bench clean
+RUNS ?= 1000000
+
+.PHONY: demo test lint interop bench bench-transport fuzz schemas clean
 
 demo: $(STAMP)
 	@$(BIN)/swarmpy demo $(ARGS)
@@ -19,8 +21,24 @@ lint: $(STAMP_DEV)
 	@$(BIN)/mypy -p swarmpy -p swarmpy_cli
 	@$(BIN)/lint-imports
 
+# js-libp2p, go-libp2p and py-libp2p, each where it is installed: all dial and are dialled.
+interop: $(STAMP_DEV)
+	@$(BIN)/python -m pytest tests/interop $(ARGS)
+
 bench: $(STAMP_DEV)
 	@$(BIN)/python benchmarks/bench_pipeline.py $(ARGS)
+
+bench-transport: $(STAMP_DEV)
+	@$(BIN)/python benchmarks/bench_transport.py $(ARGS)
+
+# Arbitrary bytes into every decoder: `make fuzz RUNS=10000 TARGET=yamux`. See fuzz/README.md.
+fuzz: $(STAMP_DEV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary atheris --editable '.[fuzz]' \
+	|| echo "atheris has no wheel for this Python and machine"
+	@$(BIN)/python -m fuzz --runs $(RUNS) $(if $(TARGET),--target $(TARGET))
+
+schemas: $(STAMP_DEV)
+	@$(BIN)/python tests/proto/schemas.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("swarmpy needs Python 3.11 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
@@ -33,11 +51,15 @@ $(STAMP): pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(STAMP_DEV): pyproject.toml tests/js/package.json | $(VENV)/bin/python
-	@echo "installing swarmpy, its tests' tools and the js-libp2p peer (once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all,dev]'
+	@echo "installing swarmpy, its tests' tools and the peers they talk with (once)"
+	@if echo '#include <gmp.h>' | cc -E -x c - >/dev/null 2>&1; then extras=all,dev,libp2p; \
+	else extras=all,dev; echo "cc or gmp.h is missing: the tests with py-libp2p will be skipped"; fi; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$$extras]"
+# py-libp2p brings types of an old trio along, and mypy would believe them rather than trio's own.
+	@rm -rf $(VENV)/lib/python3*/site-packages/trio-stubs
 	@if command -v npm >/dev/null; then npm install --prefix tests/js --no-fund --no-audit --loglevel=error --no-package-lock; \
 	else echo "npm is not installed: the interop tests with js-libp2p will be skipped"; fi
 	@touch $@ $(STAMP)
 
 clean:
-	rm -rf $(VENV) tests/js/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) tests/js/node_modules tests/interop/go/build .mypy_cache .ruff_cache .pytest_cache .hypothesis
