@@ -2,14 +2,15 @@
 
 Sending is synchronous: a frame is encrypted and offered to the kernel in one go, so no cancellation
 falls between its nonce and its bytes; only what the kernel refuses is left to the writer task.
-One task reads, one writes what is left over, one keeps watch. Spec: protocols/yamux.md.
+One task reads, one writes what is left over, one keeps watch. Who waits for bytes of the peer may
+read in the reader's place: a scheduler's turn between two tasks costs as much as encrypting 16 KiB.
+Spec: protocols/yamux.md.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import trio
@@ -19,20 +20,14 @@ from swarmpy.abc import Address, ByteStream, Connection, Priority, ProtocolId
 from swarmpy.errors import (
     ConnectionLost,
     NetworkError,
-    PeerTimeout,
     ProtocolError,
     RemoteProtocolError,
 )
-from swarmpy.identity import PeerId
-from swarmpy.net.pace import TURN_BYTES_MAX, Pace
+from swarmpy.net.keepalive import Keepalive
+from swarmpy.net.pace import Pace
+from swarmpy.net.secured import JOINED_BYTES_MAX, RECEIVE_BYTES, Scratch, Secured
 from swarmpy.net.stream import NativeStream
-from swarmpy.proto.noise import (
-    FRAME_BYTES_MAX,
-    LENGTH_BYTES,
-    TAG_BYTES,
-    Opener,
-    Sealer,
-)
+from swarmpy.proto.noise import LENGTH_BYTES, TAG_BYTES
 from swarmpy.proto.yamux import (
     FRAME_DATA_BYTES_MAX,
     HEADER_BYTES,
@@ -40,19 +35,12 @@ from swarmpy.proto.yamux import (
     Event,
     GoAwayReceived,
     PongReceived,
-    ReceiveBudget,
     StreamEnded,
     StreamOpened,
     StreamWasReset,
     WindowOpened,
     Yamux,
 )
-
-RECEIVE_BYTES = 256 * 1024
-"""Asked of the kernel at a time; larger reads measured no faster."""
-
-JOINED_BYTES_MAX = 32 * 1024
-"""Up to here header and data share one Noise frame; a larger payload is encrypted where it lies."""
 
 BACKLOG_BYTES_MAX = 1024 * 1024
 """Ciphertext the kernel refused: one turn, and control frames of 128 streams many times over.
@@ -61,10 +49,6 @@ Only a peer that asks and asks and never reads gets there."""
 UNREAD_BYTES_MAX = config.INBOUND_STREAMS_MAX * config.STREAM_WINDOW_BYTES
 """Unread bytes of one connection: every inbound stream's window, and what windows grew by."""
 
-STALL_S = 1.0
-"""A timer that is this late tells of a stall of our own: whoever was silent meanwhile may have been
-heard all along, and gets the time back."""
-
 STARTS_AT_ONCE = 4
 """Handlers started for one connection before others have their turn: a peer that opens 64 streams
 in one go, again and again, would make everybody else wait for 64 handlers each time."""
@@ -72,40 +56,11 @@ in one go, again and again, would make everybody else wait for 64 handlers each 
 HANDLER_GRACE_S = 5.0
 """Handlers may tidy up this long after their connection is gone; then they are cancelled."""
 
-_PING_VALUES = 1 << 32
 _RTT_GAIN = 0.125
 """Weight of a new round trip in the smoothed one (as in RFC 6298)."""
 
 _park = trio.lowlevel.wait_task_rescheduled
 ServeStream = Callable[[NativeStream], Awaitable[None]]
-
-
-class Scratch:
-    """What all connections of a node share: buffers, and a budget for what lies unread.
-
-    The buffers are used in turn, never across an await. At rest a connection holds none of its own:
-    only a partial frame and what was refused.
-    """
-
-    def __init__(self, budget: ReceiveBudget | None = None) -> None:
-        self.budget = ReceiveBudget() if budget is None else budget
-        overhead = LENGTH_BYTES + TAG_BYTES
-        self.received = memoryview(bytearray(RECEIVE_BYTES + LENGTH_BYTES + FRAME_BYTES_MAX))
-        frames = -(-TURN_BYTES_MAX // FRAME_DATA_BYTES_MAX)
-        sealed_bytes = TURN_BYTES_MAX + frames * (HEADER_BYTES + 2 * overhead)
-        self.sealed = memoryview(bytearray(sealed_bytes))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Secured:
-    """What a handshake leaves behind: a proven peer, two ciphers, and bytes that came early."""
-
-    peer: PeerId
-    sealer: Sealer
-    opener: Opener
-    channel_binding: bytes
-    early_ciphertext: bytes = b""
-    early_plaintext: bytes = b""
 
 
 class NativeConnection(Connection):
@@ -136,6 +91,7 @@ class NativeConnection(Connection):
         self._byte_stream = byte_stream
         self._seal_into = secured.sealer.seal_into
         self._open = secured.opener.open
+        self._open_into = secured.opener.open_into
         self._yamux = Yamux(
             is_initiator=is_initiator,
             inbound_streams_max=config.INBOUND_STREAMS_MAX,
@@ -150,6 +106,13 @@ class NativeConnection(Connection):
         self._streams: dict[int, NativeStream] = {}
         self._backlog = bytearray()
         self._writer: trio.lowlevel.Task | None = None
+        self._reader: trio.lowlevel.Task | None = None  # parked while another task reads
+        self._is_reading = False  # the reader runs
+        self._is_watching = False  # the reader waits for the peer's bytes
+        self._is_led = False  # another task reads in the reader's place
+        self._is_drained = False  # the last read left nothing in the kernel
+        self.has_woken = False
+        """Whether somebody was woken for received bytes and has not run yet."""
         self._senders: tuple[deque[trio.lowlevel.Task], ...] = tuple(deque() for _ in Priority)
         self._is_turn_given = False  # to a sender that has not used it yet
         self.pace = Pace()
@@ -161,8 +124,7 @@ class NativeConnection(Connection):
         self._unstarted: deque[NativeStream] = deque()
         self._serve: ServeStream | None = None
         self._heard_s = trio.current_time()
-        self._ping_value = 0
-        self._ping_sent_s = 0.0
+        self._keepalive = Keepalive(self, self._yamux)
 
     def __repr__(self) -> str:
         state = "open" if self.is_alive else "closed"
@@ -210,18 +172,24 @@ class NativeConnection(Connection):
     def close(self) -> None:
         if self._error is None:
             self._yamux.go_away()
-            self._flush()
+            self.flush()
         self._fail(ConnectionLost("it was closed here"))
 
     def probe(self) -> None:
         """Ping now: a peer that no longer knows this connection says so at once."""
         if self._error is None:
-            self._yamux.ping(self._ping_value)
-            self._flush()
+            self._keepalive.ping()
 
     def close_for(self, error: Exception) -> None:
-        """Close because of an error of the peer's; streams and `error` will name it."""
+        """Close for a reason that streams and `error` will name."""
         self._fail(error)
+
+    def measured(self, rtt_s: float) -> None:
+        """Take a measured round trip."""
+        if self.pace.is_near(rtt_s):
+            self._byte_stream.limit_unsent(self.pace.unsent_bytes)
+        before_s = rtt_s if self.rtt_s is None else self.rtt_s
+        self.rtt_s = self._yamux.rtt_s = before_s + _RTT_GAIN * (rtt_s - before_s)
 
     async def run(self, serve: ServeStream) -> None:
         """Move bytes until the connection ends; `serve` is run for each inbound stream.
@@ -236,7 +204,7 @@ class NativeConnection(Connection):
                 self._handlers = handlers
                 async with trio.open_nursery() as pumps:
                     pumps.start_soon(self._write)
-                    pumps.start_soon(self._keep_watch)
+                    pumps.start_soon(self._keepalive.run)
                     await self._read()
                     pumps.cancel_scope.cancel()
                 handlers.cancel_scope.deadline = trio.current_time() + HANDLER_GRACE_S
@@ -251,12 +219,17 @@ class NativeConnection(Connection):
         if self._error is not None:
             raise ConnectionLost(f"connection to {self.peer}: {self._error}") from self._error
 
-    def consumed(self, stream_id: int, size: int) -> None:
-        """Count bytes as read; half a window later the peer is told."""
-        self._yamux.consumed(stream_id, size)
-        if self._outbox:
-            self._flush()
-        self._forget_if_over(stream_id)
+    def consumed(self, stream_id: int, size: int, *, is_last: bool = False) -> None:
+        """Count bytes as read; half a window later the peer is told.
+
+        Args:
+            is_last: Nothing more is there to read: what the peer is told rides on what the reader
+                sends, or goes out by `flush` when it waits for more.
+        """
+        if self._yamux.consumed(stream_id, size):
+            self._streams.pop(stream_id, None)
+        if self._outbox and not is_last:
+            self.flush()
 
     def put_back(self, stream_id: int, size: int) -> None:
         """Count bytes as unread again."""
@@ -281,14 +254,23 @@ class NativeConnection(Connection):
         Args:
             data: Within the stream's window and `pace.turn_bytes`; not kept.
         """
+        if len(self._outbox) > JOINED_BYTES_MAX:
+            self.flush()
         total = len(data)
+        header = self._yamux.data_header(stream_id, min(total, FRAME_DATA_BYTES_MAX))
+        # Control frames that gathered ride along: one packet, and one wake-up at the other end.
+        head = header
         if self._outbox:
-            self._flush()
+            head = b"".join((self._outbox, header))
+            self._outbox.clear()
         if total <= JOINED_BYTES_MAX:
-            self._seal_and_send(b"".join((self._yamux.data_header(stream_id, total), data)))
+            joined, start = self._scratch.joined, len(head)
+            joined[:start] = head
+            joined[start : start + total] = data
+            self._seal_and_send(joined[: start + total])
             return
-        frames: list[bytes | memoryview] = []
-        for start in range(0, total, FRAME_DATA_BYTES_MAX):
+        frames: list[bytes | memoryview] = [head, data[:FRAME_DATA_BYTES_MAX]]
+        for start in range(FRAME_DATA_BYTES_MAX, total, FRAME_DATA_BYTES_MAX):
             frame = data[start : start + FRAME_DATA_BYTES_MAX]
             frames += (self._yamux.data_header(stream_id, len(frame)), frame)
         self._seal_and_send(*frames)
@@ -296,13 +278,13 @@ class NativeConnection(Connection):
     def close_write(self, stream_id: int) -> None:
         """Send a stream's end."""
         self._yamux.close_write(stream_id)
-        self._flush()
+        self.flush()
         self._forget_if_over(stream_id)
 
     def reset_stream(self, stream_id: int) -> None:
         """Give a stream up."""
         self._yamux.reset(stream_id)
-        self._flush()
+        self.flush()
         self._streams.pop(stream_id, None)
 
     async def wait_turn(self, priority: Priority) -> None:
@@ -342,18 +324,65 @@ class NativeConnection(Connection):
     # Receiving -----------------------------------------------------------------
 
     async def _read(self) -> None:
-        byte_stream = self._byte_stream
+        """Read whenever there is something, unless another task does."""
         try:
             self._take_early()
+            self._is_reading = True
             while self._error is None:
-                count = self._receive()
-                if count is None or count < RECEIVE_BYTES:
-                    await byte_stream.wait_readable()
-                else:
-                    # More is there; let those run who read it. Shielded: no frame is half taken.
+                if self._is_led:
+                    self._reader = trio.lowlevel.current_task()
+                    await _park(self._abort_reader)
+                elif self.has_woken or not self._is_drained:
+                    # Let those run who were woken: they may read on. Shielded: no frame is half
+                    # taken.
+                    self.has_woken = False
                     await trio.lowlevel.cancel_shielded_checkpoint()
+                    if not self._is_drained and not self._is_led:
+                        self._receive()
+                else:
+                    self._is_watching = True
+                    try:
+                        await self._byte_stream.wait_readable()
+                    finally:
+                        self._is_watching = False
+                    if self._error is None:
+                        self._receive()
         except (NetworkError, ProtocolError) as error:
             self._fail(error)
+        finally:
+            self._is_reading = False
+
+    @property
+    def may_lead(self) -> bool:
+        """Whether nobody waits for the peer's bytes, so that who needs them may do it itself."""
+        return self._is_reading and not self._is_watching and not self._is_led
+
+    async def lead(self, stream: NativeStream) -> None:
+        """Read in the reader's place until there is news for `stream`.
+
+        At any time the reader watches, or is about to look, or somebody leads, and who stops
+        leading wakes the reader.
+        """
+        self._is_led = True
+        try:
+            while self._error is None and not stream.has_news:
+                if self._is_drained:
+                    await self._byte_stream.wait_readable()
+                else:
+                    await trio.lowlevel.checkpoint()
+                if self._error is None:
+                    self._receive()
+        except (NetworkError, ProtocolError) as error:
+            self._fail(error)
+        finally:
+            self._is_led = False
+            task, self._reader = self._reader, None
+            if task is not None:
+                trio.lowlevel.reschedule(task)
+
+    def _abort_reader(self, _: object) -> trio.lowlevel.Abort:
+        self._reader = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
     def _take_early(self) -> None:
         """Take what came together with the handshake's end."""
@@ -365,22 +394,23 @@ class NativeConnection(Connection):
             self._scratch.received[: len(early)] = early
             self._take_frames(len(early))
 
-    def _receive(self) -> int | None:
-        """Read once and take every whole frame; return the count read, None if nothing is there."""
+    def _receive(self) -> None:
+        """Read once and take every whole frame."""
         buffer = self._scratch.received
         held = len(self._partial)
         count = self._byte_stream.receive_into_nowait(buffer[held : held + RECEIVE_BYTES])
         if count is None:
-            return None
+            self._is_drained = True
+            return
         if count == 0:
             goodbye = "the peer closed it" if self._is_going_away else "it ended without a goodbye"
             raise ConnectionLost(goodbye)
+        self._is_drained = count < RECEIVE_BYTES
         if held:
             buffer[:held] = self._partial
         self._heard_s = trio.current_time()
         self._started = 0
         self._take_frames(held + count)
-        return count
 
     def _take_frames(self, end: int) -> None:
         buffer = self._scratch.received
@@ -390,11 +420,20 @@ class NativeConnection(Connection):
             following = body + (buffer[start] << 8 | buffer[start + 1])
             if following > end:
                 break
-            self._take_plaintext(self._open(buffer[body:following]))
+            size = following - body - TAG_BYTES
+            if size <= JOINED_BYTES_MAX:
+                opened = self._scratch.joined[: max(size, 0)]
+                self._open_into(buffer[body:following], opened)
+                if stream_id := self._yamux.receive_whole(opened):
+                    self._streams[stream_id].feed(bytes(opened[HEADER_BYTES:]))
+                else:
+                    self._take_plaintext(bytes(opened))
+            else:
+                self._take_plaintext(self._open(buffer[body:following]))
             start = following
         self._partial = bytes(buffer[start:end]) if start < end else b""
         if self._outbox:
-            self._flush()
+            self.flush()
 
     def _take_plaintext(self, data: bytes) -> None:
         for event in self._yamux.receive(data, self._heard_s):
@@ -423,7 +462,7 @@ class NativeConnection(Connection):
                 elif stream_id in self._streams:
                     self._streams.pop(stream_id).was_reset("the peer gave it up")
             case PongReceived(value):
-                self._take_pong(value)
+                self._keepalive.take_pong(value)
             case GoAwayReceived():
                 self._is_going_away = True
 
@@ -432,7 +471,7 @@ class NativeConnection(Connection):
         stream = self._streams.pop(stream_id, None)
         if stream is not None:
             stream.was_reset("too many bytes lay unread")
-        self._flush()
+        self.flush()
 
     def _start_handler(self, stream: NativeStream) -> None:
         """Serve an inbound stream; of many that come at once the later ones wait their turn."""
@@ -465,7 +504,7 @@ class NativeConnection(Connection):
 
     # Sending -------------------------------------------------------------------
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Send the control frames that gathered; they go ahead of data that waits for its turn."""
         if self._error is not None:
             self._outbox.clear()
@@ -535,41 +574,6 @@ class NativeConnection(Connection):
         task, self._writer = self._writer, None
         if task is not None:
             trio.lowlevel.reschedule(task)
-
-    # Keeping watch -------------------------------------------------------------
-
-    async def _keep_watch(self) -> None:
-        """Ping now and then, and give up on a peer that has been silent too long.
-
-        While this process stalls nobody is heard; what came meanwhile is read before any verdict.
-        """
-        silent_since_s = wake_s = trio.current_time()
-        while True:
-            now_s = trio.current_time()
-            if now_s - wake_s > STALL_S:
-                silent_since_s = now_s
-            deadline_s = max(self._heard_s, silent_since_s) + config.KEEPALIVE_TIMEOUT_S
-            if now_s >= deadline_s:
-                timeout_s = config.KEEPALIVE_TIMEOUT_S
-                self._fail(PeerTimeout(f"nothing was heard for {timeout_s:.0f} s"))
-                return
-            self._ping_value = (self._ping_value + 1) % _PING_VALUES
-            self._ping_sent_s = now_s
-            self._yamux.ping(self._ping_value)
-            self._yamux.shrink_idle(now_s)
-            self._flush()
-            wake_s = min(now_s + config.KEEPALIVE_INTERVAL_S, deadline_s)
-            await trio.sleep_until(wake_s)
-
-    def _take_pong(self, value: int) -> None:
-        if value != self._ping_value or not self._ping_sent_s:
-            return
-        sample_s = self._heard_s - self._ping_sent_s
-        self._ping_sent_s = 0.0
-        if self.pace.is_near(sample_s):
-            self._byte_stream.limit_unsent(self.pace.unsent_bytes)
-        before_s = sample_s if self.rtt_s is None else self.rtt_s
-        self.rtt_s = self._yamux.rtt_s = before_s + _RTT_GAIN * (sample_s - before_s)
 
     # The end -------------------------------------------------------------------
 

@@ -40,13 +40,14 @@ from swarmpy.errors import (
 from swarmpy.identity import Identity, PeerId, RandomBytes
 from swarmpy.net.addresses import Interfaces, expanded, observed
 from swarmpy.net.admission import Admission
-from swarmpy.net.connection import NativeConnection, Scratch
+from swarmpy.net.connection import NativeConnection
 from swarmpy.net.dialing import Dials
 from swarmpy.net.events import EventFeed
 from swarmpy.net.limited import LimitedStream
 from swarmpy.net.paths import Paths
 from swarmpy.net.peer_info import IDENTIFY, IDENTIFY_PUSH, PING, PeerInfo
 from swarmpy.net.router import Router
+from swarmpy.net.secured import Scratch
 from swarmpy.net.suspend import ClockWatch
 from swarmpy.net.table import ConnectionTable
 from swarmpy.net.upgrade import upgrade

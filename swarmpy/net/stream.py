@@ -58,6 +58,7 @@ class NativeStream(Stream):
         self.priority = priority
         self._pieces: deque[bytes | bytearray] = deque()
         self._reader: trio.lowlevel.Task | None = None
+        self._is_leading = False
         self._window_waiter: trio.lowlevel.Task | None = None
         self._is_sending = False
         self._is_write_closed = False
@@ -141,6 +142,11 @@ class NativeStream(Stream):
         if data:
             self._pieces.appendleft(data)
             self.connection.put_back(self.stream_id, len(data))
+
+    @property
+    def has_news(self) -> bool:
+        """Whether who waits to receive need not wait any longer."""
+        return bool(self._pieces) or self._is_remote_ended or self._error is not None
 
     def feed(self, data: bytes) -> None:
         """Take received bytes; the window was checked."""
@@ -254,7 +260,7 @@ class NativeStream(Stream):
         if bytes_max is not None and len(piece) > bytes_max:
             self._pieces.appendleft(piece[bytes_max:])
             piece = piece[:bytes_max]
-        self.connection.consumed(self.stream_id, len(piece))
+        self.connection.consumed(self.stream_id, len(piece), is_last=not self._pieces)
         return piece if isinstance(piece, bytes) else bytes(piece)
 
     def _break(self, error: str) -> None:
@@ -271,10 +277,19 @@ class NativeStream(Stream):
         self.connection.raise_if_lost()
 
     async def _wait_bytes(self) -> None:
-        if self._reader is not None:
+        if self._reader is not None or self._is_leading:
             raise LocalProtocolError("two tasks receive from one stream")
-        self._reader = trio.lowlevel.current_task()
-        await _park(self._abort_reader)
+        connection = self.connection
+        connection.flush()
+        if connection.may_lead:
+            self._is_leading = True
+            try:
+                await connection.lead(self)
+            finally:
+                self._is_leading = False
+        else:
+            self._reader = trio.lowlevel.current_task()
+            await _park(self._abort_reader)
 
     def _abort_reader(self, _: object) -> trio.lowlevel.Abort:
         self._reader = None
@@ -284,6 +299,7 @@ class NativeStream(Stream):
         task, self._reader = self._reader, None
         if task is not None:
             trio.lowlevel.reschedule(task)
+            self.connection.has_woken = True
 
     async def _wait_window(self) -> None:
         self._window_waiter = trio.lowlevel.current_task()

@@ -21,7 +21,8 @@ from swarmpy.errors import (
     RemoteProtocolError,
 )
 from swarmpy.identity import PeerId, RandomBytes
-from swarmpy.net.connection import NativeConnection, Scratch, Secured
+from swarmpy.net.connection import NativeConnection
+from swarmpy.net.secured import Scratch, Secured
 from swarmpy.proto import noise, yamux
 from swarmpy.proto.multistream import Dialer, Selector
 

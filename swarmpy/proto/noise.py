@@ -81,10 +81,12 @@ class Sealer:
 class Opener:
     """Decrypts one direction, frame by frame."""
 
-    __slots__ = ("_decrypt", "nonce")
+    __slots__ = ("_decrypt", "_decrypt_into", "nonce")
 
     def __init__(self, key: bytes) -> None:
-        self._decrypt = ChaCha20Poly1305(key).decrypt
+        cipher = ChaCha20Poly1305(key)
+        self._decrypt = cipher.decrypt
+        self._decrypt_into = cipher.decrypt_into
         self.nonce = 0
 
     def open(self, ciphertext: bytes | memoryview) -> bytes:
@@ -93,15 +95,30 @@ class Opener:
         Raises:
             RemoteProtocolError: Forged, repeated, reordered or torn; or the nonces are used up.
         """
-        nonce = self.nonce
-        if nonce >= NONCE_MAX:
-            raise RemoteProtocolError("the peer used up the Noise nonces", penalty=10)
         try:
-            plaintext = self._decrypt(_pack_nonce(nonce), ciphertext, None)
+            plaintext = self._decrypt(self._next_nonce(), ciphertext, None)
         except InvalidTag as error:
             raise RemoteProtocolError("a Noise frame does not verify", penalty=10) from error
-        self.nonce = nonce + 1
+        self.nonce += 1
         return plaintext
+
+    def open_into(self, ciphertext: memoryview, out: memoryview) -> None:
+        """Write the plaintext of one frame to `out`, which has exactly its size; raises as `open`.
+
+        What is written where it raises is not to be read.
+        """
+        if len(ciphertext) < TAG_BYTES:
+            raise RemoteProtocolError("a Noise frame does not verify", penalty=10)
+        try:
+            self._decrypt_into(self._next_nonce(), ciphertext, None, out)
+        except InvalidTag as error:
+            raise RemoteProtocolError("a Noise frame does not verify", penalty=10) from error
+        self.nonce += 1
+
+    def _next_nonce(self) -> bytes:
+        if self.nonce >= NONCE_MAX:
+            raise RemoteProtocolError("the peer used up the Noise nonces", penalty=10)
+        return _pack_nonce(self.nonce)
 
 
 class XX:

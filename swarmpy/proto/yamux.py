@@ -9,11 +9,11 @@ Spec: hashicorp yamux specification, libp2p specs, yamux; protocols/yamux.md.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 
 import msgspec
 
 from swarmpy.errors import LocalProtocolError, RemoteProtocolError, StreamReset
+from swarmpy.proto.receive_budget import ReceiveBudget
 
 PROTOCOL = "/yamux/1.0.0"
 
@@ -37,9 +37,6 @@ GROWTH_RTT_S_MIN = 0.001
 WINDOW_IDLE_S = 10.0
 """A grown window of which not even half was read for so long goes back to the initial one."""
 
-RECEIVE_BUDGET_BYTES = 256 * 1024 * 1024
-"""Unread bytes and grown windows of a node, over all its connections."""
-
 GROWTH_BYTES_MAX = 32 * 1024 * 1024
 """Growth of one session's windows: no peer takes more than an eighth of the budget."""
 
@@ -52,6 +49,7 @@ _UINT32_MAX = 2**32 - 1
 _HEADER = struct.Struct("!BBHII")
 _pack = _HEADER.pack
 _unpack_from = _HEADER.unpack_from
+_words_from = struct.Struct("!III").unpack_from
 
 
 class StreamOpened(msgspec.Struct, frozen=True, gc=False):
@@ -143,60 +141,6 @@ class _Stream:
         """Serial of the moment the oldest unread byte came."""
         self.is_local_open = True
         self.is_remote_open = True
-
-
-class ReceiveBudget:
-    """What the peers of a node may make it hold: unread bytes and grown windows of all sessions.
-
-    Past it the streams whose unread bytes are the oldest are reset, whosever they are; the sockets
-    are read on.
-
-    Attributes:
-        unread_bytes: Received and not yet read, over all sessions.
-        grown_bytes: Window granted beyond the initial one, over all streams.
-    """
-
-    def __init__(self, bytes_max: int = RECEIVE_BUDGET_BYTES) -> None:
-        self.bytes_max = bytes_max
-        self.unread_bytes = 0
-        self.grown_bytes = 0
-        self.serial = 0
-        """Counts the moments at which a stream began to hold unread bytes."""
-        self._sessions: dict[Yamux, Callable[[int], None]] = {}
-
-    def join(self, session: Yamux, on_reset: Callable[[int], None]) -> None:
-        """Let `session` be shed: `on_reset` is told each stream that was reset for the budget."""
-        self._sessions[session] = on_reset
-
-    def leave(self, session: Yamux) -> None:
-        """Forget a session that is over, and what it held."""
-        self._sessions.pop(session, None)
-        session.forget_all()
-
-    def take_growth(self, size: int) -> bool:
-        """Take `size` bytes for a window that grows; False if they would pass the budget."""
-        if self.unread_bytes + self.grown_bytes + size > self.bytes_max:
-            return False
-        self.grown_bytes += size
-        return True
-
-    def shed(self) -> None:
-        """Reset the streams with the oldest unread bytes until a sixteenth of the budget is free.
-
-        Not just until it is kept: a flood would have all streams looked through for every frame.
-        """
-        target = self.bytes_max - self.bytes_max // 16
-        waiting = [
-            (since, stream_id, session)
-            for session in self._sessions
-            for since, stream_id in session.unread_streams()
-        ]
-        waiting.sort(key=lambda item: item[0])
-        for _, stream_id, session in waiting:
-            if self.unread_bytes <= target:
-                return
-            session.reset(stream_id)
-            self._sessions[session](stream_id)
 
 
 class Yamux:
@@ -298,6 +242,44 @@ class Yamux:
                 self._take_session_frame(kind, flags, stream_id, value, events)
         return events
 
+    def receive_whole(self, data: memoryview) -> int:
+        """Take decrypted bytes if they are what most are: one data frame of an open stream, whole.
+
+        Returns:
+            The stream's id, its data following the header; 0 where nothing was taken, and `receive`
+            must look closer.
+        """
+        size = len(data) - HEADER_BYTES
+        if size <= 0 or self._data_left or self._header:
+            return 0
+        plain: int
+        stream_id: int
+        plain, stream_id, length = _words_from(data)
+        if plain or length != size:
+            return 0
+        stream = self._streams.get(stream_id)
+        budget = self._budget
+        if (
+            stream is None
+            or not stream.is_remote_open
+            or size > stream.granted
+            or self._unread + size > self._unread_bytes_max
+            or budget.unread_bytes + size > budget.bytes_max
+        ):
+            return 0
+        stream.granted -= size
+        self._count_unread(stream, size)
+        return stream_id
+
+    def _count_unread(self, stream: _Stream, size: int) -> None:
+        budget = self._budget
+        if not stream.unread:
+            budget.serial += 1
+            stream.unread_since = budget.serial
+        stream.unread += size
+        self._unread += size
+        budget.unread_bytes += size
+
     def _take_data_header(self, flags: int, stream_id: int, size: int, events: list[Event]) -> None:
         stream = self._find(flags, stream_id, events)
         if stream is None:
@@ -325,20 +307,14 @@ class Yamux:
         stream = self._streams.get(stream_id)
         if stream is None:
             return
-        budget = self._budget
-        if not stream.unread:
-            budget.serial += 1
-            stream.unread_since = budget.serial
-        stream.unread += size
-        self._unread += size
-        budget.unread_bytes += size
+        self._count_unread(stream, size)
         events.append(DataReceived(stream_id, data))
         if self._data_ends and not self._data_left:
             self._end_remote(stream_id, events)
         while self._unread > self._unread_bytes_max + self._grown:
             self._shed(events)  # more than once: the oldest may have less than what just came
-        if budget.unread_bytes > budget.bytes_max:
-            budget.shed()
+        if self._budget.unread_bytes > self._budget.bytes_max:
+            self._budget.shed()
 
     def _take_window(self, flags: int, stream_id: int, value: int, events: list[Event]) -> None:
         stream = self._find(flags, stream_id, events)
@@ -456,11 +432,15 @@ class Yamux:
         flags, stream.flags = stream.flags, 0
         return _pack(0, _DATA, flags, stream_id, size)
 
-    def consumed(self, stream_id: int, size: int) -> None:
-        """Say that `size` received bytes were read: half a window later they are granted anew."""
+    def consumed(self, stream_id: int, size: int) -> bool:
+        """Say that `size` received bytes were read: half a window later they are granted anew.
+
+        Returns:
+            Whether the stream is over, and forgotten.
+        """
         stream = self._streams.get(stream_id)
         if stream is None:
-            return
+            return True
         stream.unread -= size
         self._unread -= size
         self._budget.unread_bytes -= size
@@ -468,8 +448,9 @@ class Yamux:
             stream.credit += size
             if stream.credit >= stream.receive_window // 2:
                 self._grant(stream_id, stream)
-        else:
-            self._forget_if_ended(stream_id, stream)
+            return False
+        self._forget_if_ended(stream_id, stream)
+        return not (stream.is_local_open or stream.unread)
 
     def put_back(self, stream_id: int, size: int) -> None:
         """Say that `size` bytes were not read after all: their reader handed them on."""

@@ -356,6 +356,7 @@ async def test_a_connection_ends_before_its_nonces_do(
     near, far = alice.connections[0], bob.connections[0]
     sealer = near._seal_into.__self__  # type: ignore[attr-defined]
     opener = far._open.__self__  # type: ignore[attr-defined]
+    await trio.sleep(1)  # all that was under way has arrived
     assert sealer.nonce == opener.nonce
     sealer.nonce = opener.nonce = noise.NONCE_MAX - left
     for _ in range(left):

@@ -13,7 +13,8 @@ from net_hosts import identity, receive_raw, send_raw
 
 from swarmpy.abc import Address, ByteStream, Priority, ProtocolId
 from swarmpy.errors import ConnectionLost, HandshakeFailed, PeerTimeout
-from swarmpy.net.connection import NativeConnection, Scratch
+from swarmpy.net.connection import NativeConnection
+from swarmpy.net.secured import Scratch
 from swarmpy.net.stream import NativeStream
 from swarmpy.net.upgrade import upgrade
 from swarmpy.proto.noise import StaticKey

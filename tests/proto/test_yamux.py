@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from swarmpy.errors import LocalProtocolError, RemoteProtocolError, StreamReset
+from swarmpy.proto.receive_budget import ReceiveBudget
 from swarmpy.proto.yamux import (
     FRAME_DATA_BYTES_MAX,
     GROWTH_BYTES_MAX,
@@ -24,7 +25,6 @@ from swarmpy.proto.yamux import (
     Event,
     GoAwayReceived,
     PongReceived,
-    ReceiveBudget,
     StreamEnded,
     StreamOpened,
     StreamWasReset,
