@@ -6,6 +6,7 @@ Spec: protocols/announce.md, section 3.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Iterable
 
@@ -14,10 +15,14 @@ from swarmpy.proto import multiaddr
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+_ADDRESSES_CACHED = 4096
+"""Addresses whose parts are remembered: each is looked at whenever somebody might be dialled."""
+
 SUBNET_BITS = {4: 24, 6: 64}
 """What one household or rack usually has, by IP version."""
 
 
+@functools.lru_cache(maxsize=_ADDRESSES_CACHED)
 def ip_endpoint(address: str) -> tuple[IpAddress, int]:
     """Return IP and port of an address that is an IP literal and a TCP port, and nothing else.
 
@@ -36,6 +41,7 @@ def ip_endpoint(address: str) -> tuple[IpAddress, int]:
     return ip, port
 
 
+@functools.lru_cache(maxsize=_ADDRESSES_CACHED)
 def subnet_of(ip: IpAddress) -> str:
     """Return the IPv4 /24 or IPv6 /64 around an IP."""
     return str(ipaddress.ip_network((ip, SUBNET_BITS[ip.version]), strict=False))

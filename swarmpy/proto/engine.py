@@ -6,6 +6,7 @@ message decoded strictly. Spec: protocols/engine.md (revision 1).
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -34,6 +35,10 @@ PREFIX = struct.Struct("<II")
 
 SCRATCH_BYTES = 64 * 1024
 """Frames up to this are read in one go; a decode step's have 3 KB, a prefill chunk's 150 KB."""
+
+MAPPED_BYTES_MIN = 1024 * 1024
+"""Frames from this size are read into mapped memory: what a prefix announces costs nothing before
+it comes. Smaller ones are not worth two system calls."""
 
 Frame = tuple[memoryview, memoryview]
 """A message's bytes, and those of the tensors behind it."""
@@ -357,7 +362,9 @@ class FrameReader:
 
     def _begin_large(self, head_bytes: int, payload_bytes: int, begun: memoryview) -> None:
         self._head_bytes = head_bytes
-        self._body = memoryview(bytearray(head_bytes + payload_bytes))
+        size = head_bytes + payload_bytes
+        is_small = size < MAPPED_BYTES_MIN
+        self._body = memoryview(bytearray(size) if is_small else mmap.mmap(-1, size))
         self._filled = len(begun)
         self._body[: len(begun)] = begun
 

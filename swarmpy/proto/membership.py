@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import hmac
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, NewType
@@ -57,6 +57,10 @@ MEMBERSHIP_TTL_S = 30 * 24 * 3600.0
 
 CLOCK_SKEW_S = 300.0
 """Difference between two machines' clocks that signed times allow for."""
+
+CHAINS_CACHED = 2048
+"""Chains whose signatures are not checked again: every repeated announcement brings the same one.
+As many as announcements are kept; of eight links at their longest it is 10 MiB."""
 
 RENEW_BELOW_S = 10 * 24 * 3600.0
 """A record with less life left than this is renewed: two thirds of its life are over."""
@@ -106,8 +110,12 @@ class Membership:
     can_invite: bool
     not_after_wall_s: float
     """When the first record of the chain ends: authority does not outlive its source."""
+    not_before_wall_s: float
+    """When the last record of the chain was issued."""
     issuer: PeerId
     """Whoever signed the member's own record: another member, or the network key's own id."""
+    members: tuple[PeerId, ...]
+    """The member of each record of the chain: each signed the next, the last is `member`."""
     proof: tuple[bytes, ...]
 
 
@@ -279,38 +287,52 @@ def verify_membership(
         BadSignature: A signature does not fit.
         NotAMember: The chain is sound but over, or not yet valid.
     """
+    membership, links = _open_chain(tuple(map(bytes, proof)))
+    if expected_member is not None and membership.member != expected_member:
+        raise BadMessage(f"the membership is of {membership.member}, expected {expected_member}")
+    for link in links:
+        _check_time(link, wall_s)
+    return membership
+
+
+def open_membership(proof: Sequence[bytes]) -> Membership:
+    """Check a chain as `verify_membership` does, whatever the time is.
+
+    Raises:
+        BadMessage, BadSignature: As for `verify_membership`.
+    """
+    return _open_chain(tuple(map(bytes, proof)))[0]
+
+
+@functools.lru_cache(maxsize=CHAINS_CACHED)
+def _open_chain(proof: tuple[bytes, ...]) -> tuple[Membership, tuple[MembershipRecord, ...]]:
+    """Check all of a chain but its times; a chain that was sound stays so."""
     if not 1 <= len(proof) <= CHAIN_MAX:
         raise BadMessage(f"a membership of {len(proof)} records, expected 1 to {CHAIN_MAX}")
-    name = ""
-    not_after = math.inf
-    signer: PeerId | None = None
-    network: bytes = b""
-    record: MembershipRecord | None = None
+    links: list[MembershipRecord] = []
+    members: list[PeerId] = []
     for sealed in proof:
         envelope, link = _open_record(sealed)
-        if record is None:
-            network, name = link.network, link.network_name
-            if key_hash(envelope.public_key) != network:
-                raise BadMessage("the first record is not signed by the network's key")
-        else:
-            _check_link(record, link, envelope.signer)
-        _check_time(link, wall_s)
-        not_after = min(not_after, float(link.not_after_wall_s))
-        signer, record = envelope.signer, link
-    assert record is not None
-    assert signer is not None
-    member = parse_peer_id(record.member)
-    if expected_member is not None and member != expected_member:
-        raise BadMessage(f"the membership is of {member}, expected {expected_member}")
-    return Membership(
-        network_id=network_id_of(network),
-        network_name=name,
-        member=member,
-        can_invite=record.can_invite,
-        not_after_wall_s=not_after,
-        issuer=signer,
-        proof=tuple(bytes(sealed) for sealed in proof),
+        if links:
+            _check_link(links[-1], link, envelope.signer)
+        elif key_hash(envelope.public_key) != link.network:
+            raise BadMessage("the first record is not signed by the network's key")
+        _check_life(link)
+        issuer = envelope.signer
+        links.append(link)
+        members.append(parse_peer_id(link.member))
+    membership = Membership(
+        network_id=network_id_of(links[0].network),
+        network_name=links[0].network_name,
+        member=members[-1],
+        can_invite=links[-1].can_invite,
+        not_after_wall_s=float(min(link.not_after_wall_s for link in links)),
+        not_before_wall_s=float(max(link.issued_wall_s for link in links)),
+        issuer=issuer,
+        members=tuple(members),
+        proof=proof,
     )
+    return membership, tuple(links)
 
 
 def network_name_of(proof: Sequence[bytes]) -> str:
@@ -341,17 +363,21 @@ def _check_link(issuer: MembershipRecord, link: MembershipRecord, signer: PeerId
         raise BadMessage(f"{signer} may not sign others into the network")
 
 
-def _check_time(record: MembershipRecord, wall_s: float) -> None:
+def _check_life(record: MembershipRecord) -> None:
     life_s = record.not_after_wall_s - record.issued_wall_s
     if not 0 < life_s <= MEMBERSHIP_TTL_S:
         raise BadMessage(f"a record that lives {life_s} s, expected 1 to {MEMBERSHIP_TTL_S:.0f}")
+
+
+def _check_time(record: MembershipRecord, wall_s: float) -> None:
+    early_s = record.issued_wall_s - wall_s
+    late_s = wall_s - record.not_after_wall_s
+    if max(early_s, late_s) <= CLOCK_SKEW_S:
+        return
     hint = f"clocks may differ by {CLOCK_SKEW_S:.0f} s: check both machines' time"
-    if wall_s < record.issued_wall_s - CLOCK_SKEW_S:
-        early_s = record.issued_wall_s - wall_s
+    if early_s > CLOCK_SKEW_S:
         raise NotAMember(f"the membership begins in {early_s:.0f} s by this clock ({hint})")
-    if wall_s > record.not_after_wall_s + CLOCK_SKEW_S:
-        late_s = wall_s - record.not_after_wall_s
-        raise NotAMember(f"the membership ended {late_s:.0f} s ago by this clock ({hint})")
+    raise NotAMember(f"the membership ended {late_s:.0f} s ago by this clock ({hint})")
 
 
 def check_version(version: int, what: str) -> None:

@@ -291,7 +291,7 @@ class Catalog:
             index = msgspec.json.decode(data, type=_Index, dec_hook=_decode_path)
         except FileNotFoundError:
             return []
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             log.warning("catalog.damaged", extra={"path": str(self._path)})
             with suppress(FileNotFoundError):  # Another process was first.
                 os.replace(self._path, self._path.with_suffix(".damaged"))

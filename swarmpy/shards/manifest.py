@@ -195,7 +195,7 @@ class HashCache:
         """All entries. A file that cannot be read costs only the time to hash again."""
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=dict[str, _Remembered])
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return {}
 
 

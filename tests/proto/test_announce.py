@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -16,10 +18,10 @@ from swarmpy.proto.announce import (
     MODELS_MAX,
     PAYLOAD_TYPE,
     SHARDS_MAX,
-    Announce,
     AnnouncedModel,
     AnnouncedShard,
     Announcement,
+    Message,
     open_announcement,
     seal_announcement,
 )
@@ -67,6 +69,18 @@ def test_an_announcement_reads_back_with_its_signers_membership() -> None:
     assert signed.announcement == announcement()
     assert (signed.peer, signed.membership.network_id) == (ANN.peer_id, own_network_id(NETWORK))
     assert signed.envelope == sealed
+    assert signed.network_id == own_network_id(NETWORK)
+    assert signed.expires_wall_s == NOW_S + ANNOUNCEMENT_TTL_S
+
+
+def test_two_announcements_that_differ_in_time_alone_have_the_same_contents() -> None:
+    first = open_announcement(sign(), wall_s=NOW_S)
+    repeated = open_announcement(sign(seq=2, issued_wall_s=int(NOW_S) + 9), wall_s=NOW_S + 9)
+    changed = open_announcement(sign(seq=3, engine="echo"), wall_s=NOW_S)
+
+    assert first.contents == repeated.contents != changed.contents
+    assert first.key == repeated.key == changed.key
+    assert first.version < repeated.version < changed.version
 
 
 def test_an_announcement_that_is_too_large_leaves_out_the_last_models_first() -> None:
@@ -95,7 +109,7 @@ def test_an_announcement_that_is_too_large_without_models_is_not_signed() -> Non
     wide = "\N{GRINNING FACE}"
     texts = dict.fromkeys(("name", "agent", "boot_id", "machine_id", "engine"), wide * 64)
     addresses = tuple("/ip6/" + "a" * 59 for _ in range(8))
-    record = announcement(**texts, build_id=wide * 128, addresses=addresses, membership=PROOF * 7)
+    record = announcement(**texts, build_id=wide * 128, addresses=addresses, membership=PROOF * 8)
 
     with pytest.raises(BadMessage, match="exceeds 4096"):
         seal_announcement(ANN, record)
@@ -187,6 +201,6 @@ def test_any_payload_of_a_sound_envelope_is_an_announcement_or_a_breach(data: by
 @given(st.binary(max_size=600))
 def test_any_bytes_are_a_message_or_a_breach(data: bytes) -> None:
     try:
-        decode(data, Announce)
+        decode(data, cast("type[Message]", Message))
     except RemoteProtocolError:
         pass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,6 +49,29 @@ def test_frames_behind_each_other_are_told_apart() -> None:
     frames = read_frames(b"".join(joined(free, []) for free in frees))
 
     assert [engine.decode_request(memoryview(head)) for head, _ in frames] == frees
+
+
+def test_what_a_prefix_announces_costs_no_memory_before_it_comes() -> None:
+    reader = engine.FrameReader()
+    prefix = struct.pack("<II", 10, engine.PAYLOAD_BYTES_MAX)
+    reader.wanted[: len(prefix)] = prefix
+    process = psutil.Process()
+    before = process.memory_info().rss
+
+    assert reader.received(len(prefix)) == []
+
+    assert len(reader.wanted) == engine.PAYLOAD_BYTES_MAX + 10
+    assert process.memory_info().rss - before < engine.PAYLOAD_BYTES_MAX // 8
+
+
+def test_a_large_frame_comes_whole() -> None:
+    payload = bytes(range(256)) * (engine.MAPPED_BYTES_MIN // 256)
+
+    frames = read_frames(
+        joined(engine.Done(id=1), [Tensor("uint8", (len(payload),), payload)]), 50_000
+    )
+
+    assert [taken for _, taken in frames] == [payload]
 
 
 @given(

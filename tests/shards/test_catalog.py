@@ -264,7 +264,11 @@ async def test_removing_an_unknown_model_is_an_error(tmp_path: Path) -> None:
         await catalog_of(tmp_path).remove("nobody")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"version": 2, "models": []}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b'{"version": 2, "models": []}', b"\xff\xfe", b'{"x":' + b"[" * 5000],
+    ids=["empty", "cut", "newer", "binary", "nested"],
+)
 async def test_a_damaged_index_is_set_aside_and_models_are_found_again(
     tmp_path: Path, content: bytes
 ) -> None:

@@ -25,7 +25,9 @@ def build(path: Path, *, source: str = "") -> Manifest:
     return build_manifest(path, hashes, lambda done, total: None, source=source)
 
 
-@pytest.mark.parametrize("vector", json.loads(VECTORS.read_text()), ids=lambda item: item["name"])
+@pytest.mark.parametrize(
+    "vector", json.loads(VECTORS.read_text())["valid"], ids=lambda item: item["name"]
+)
 def test_the_published_vectors_give_their_ids(vector: dict[str, str]) -> None:
     manifest = msgspec.convert(vector["manifest"], Manifest)
 
@@ -131,12 +133,17 @@ def test_a_link_to_a_file_whose_name_is_no_text_is_hashed(tmp_path: Path) -> Non
     assert reads == [4]
 
 
-def test_damaged_memory_of_hashes_costs_only_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b'{"x": [\xff', b'{"x":[[0,0,0,0,0],"%s",%s' % (b"0" * 64, b"[" * 5000)],
+    ids=["binary", "nested"],
+)
+def test_damaged_memory_of_hashes_costs_only_time(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF")
     hashes = HashCache(tmp_path / "cache")
     first = hashes.sha256(path, lambda done: None)
-    (tmp_path / "cache" / "index" / "hashes.json").write_bytes(b'{"x": [\xff')
+    (tmp_path / "cache" / "index" / "hashes.json").write_bytes(content)
 
     assert hashes.sha256(path, lambda done: None) == first
 
