@@ -15,13 +15,12 @@ from pathlib import Path
 
 import trio
 
-from swarmpy import node_status
+from swarmpy import node_members, node_status
 from swarmpy.abc import Address, DiscoverySource, Host, Progress
 from swarmpy.config import INVITE_TTL_S, Config
 from swarmpy.discovery.cache import PeerCache
 from swarmpy.discovery.mdns import MdnsSource
 from swarmpy.discovery.service import Discovery
-from swarmpy.discovery.trust import Trust
 from swarmpy.environment import Environment, available_memory_bytes
 from swarmpy.errors import (
     ConfigError,
@@ -53,6 +52,7 @@ from swarmpy.status import (
     NodeStatus,
     PeerStatus,
     PipelineView,
+    Revoked,
 )
 from swarmpy.store import write_file
 from swarmpy.trust.membership import Membership
@@ -138,12 +138,7 @@ class Node:
             identity=self.identity,
             name=self.name,
             config=config.network,
-            trust=Trust(
-                is_member=self.membership.is_member,
-                confirm=self.membership.confirm,
-                shared_networks=self.membership.shared_networks,
-                own_memberships=self.membership.own_memberships,
-            ),
+            trust=node_members.trust_of(self.membership),
             sources=self._sources(),
             cache=self._cache,
         )
@@ -180,6 +175,7 @@ class Node:
                 try:
                     await node._start(nursery)
                     yield node
+                    await node.discovery.leave()
                 except BaseException as error:
                     caught.append(error)
                     raise
@@ -198,11 +194,9 @@ class Node:
 
     async def _start(self, nursery: trio.Nursery) -> None:
         self._started_s = trio.current_time()
-        self.membership.on_member(self.discovery.member_joined)
+        node_members.introduce(self.membership, self.discovery)
         self.membership.on_member(self._tell_members_changed)
         self.discovery.on_announcement(self._tell_members_changed)
-        self.membership.on_lost(self.discovery.member_lost)
-        self.membership.on_network(self.discovery.networks_changed)
         await nursery.start(self.host.run)
         await self._listen()
         if self.engine is not None:
@@ -369,6 +363,18 @@ class Node:
         """
         return await self.membership.redeem(code)
 
+    def revoke(self, peer: str) -> Revoked:
+        """End a member's membership, and that of whoever it invited; it spreads by itself.
+
+        Args:
+            peer: Its PeerId, the end of it, or its name if no other peer has the same.
+
+        Raises:
+            NotAMember: No such peer is known, or none that this node may revoke.
+            MembershipError: Several peers are called so.
+        """
+        return node_members.revoke(self, peer)
+
     async def wait_members(self, count: int) -> None:
         """Wait until `count` other members are connected and have said what they offer."""
         while len(self.connected_announcements()) < count:
@@ -443,22 +449,14 @@ class Node:
 
     def connected_announcements(self) -> list[Announcement]:
         """Return what the members that are connected now announce, in PeerId order."""
-        return [
-            announcement
-            for announcement in self.discovery.announcements()
-            if self.membership.is_member(PeerId(announcement.peer))
-        ]
+        found = map(self.discovery.announcement, self.membership.members())
+        return [announcement for announcement in found if announcement is not None]
 
     # What the services ask each other -----------------------------------------------
 
     async def _connect(self, peer: PeerId) -> object:
         """Connect to a member known only by its announcement, and prove membership."""
-        announcement = self.discovery.announcement(peer)
-        if not self.membership.is_member(peer):
-            addresses = announcement.addresses if announcement else ()
-            await self.host.dial(peer, [Address(address) for address in addresses])
-            await self.membership.confirm(peer)
-        return self.host.connection_to(peer)
+        return await self.discovery.connect(peer)
 
     def _capacities(self, model_id: str) -> list[Capacity]:
         """What each member that may take part offers for a model, this node included."""

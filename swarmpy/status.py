@@ -47,7 +47,8 @@ class PeerStatus(msgspec.Struct, frozen=True, kw_only=True):
     peer: str
     name: str
     state: str
-    """member, visible (not joined), connecting, lost or self."""
+    """member (connected), known (a member to connect to when it is needed), visible (not joined),
+    connecting, lost or self."""
     addresses: tuple[str, ...]
     source: str
     """How it was found: cache, mdns, invite, announce or inbound."""
@@ -153,3 +154,12 @@ class Joined(msgspec.Struct, frozen=True, kw_only=True):
     was_member: bool
     """Whether the node was in the network already; then the code is not used up."""
     seconds: float
+
+
+class Revoked(msgspec.Struct, frozen=True, kw_only=True):
+    """A member that was let go."""
+
+    peer: str
+    name: str
+    networks: tuple[str, ...]
+    """Names of the networks that it, and whoever it invited, belongs to no more."""

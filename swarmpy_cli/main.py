@@ -72,6 +72,7 @@ for _command in (
     network.invite,
     join.join,
     network.peers,
+    network.revoke,
     models.models,
     status.status,
     status.version,

@@ -1,4 +1,4 @@
-"""`swarmpy invite` and `swarmpy peers`."""
+"""`swarmpy invite`, `swarmpy peers` and `swarmpy revoke`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from swarmpy.config import INVITE_TTL_S
-from swarmpy.status import InviteCreated, PeerStatus
+from swarmpy.status import InviteCreated, PeerStatus, Revoked
 from swarmpy_cli.client import connect
 from swarmpy_cli.console import print_table, show_bytes
 from swarmpy_cli.context import Settings, json_option, print_json
@@ -77,13 +77,35 @@ def peers(settings: Settings, /, is_json: bool) -> None:
     if not answer:
         click.echo("no peers yet: `swarmpy invite` makes a code for another machine")
         return
-    order = ("self", "member", "connecting", "visible", "lost")
+    order = ("self", "member", "known", "connecting", "visible", "lost")
     rank = {state: number for number, state in enumerate(order)}
     answer.sort(key=lambda peer: (rank.get(peer.state, len(order)), peer.name))
     print_table(
         ("name", "peer", "state", "address", "rtt", "path", "memory", "holds"),
         [_peer_row(peer) for peer in answer],
     )
+
+
+@click.command()
+@click.argument("peer")
+@json_option
+@click.pass_obj
+def revoke(settings: Settings, /, peer: str, is_json: bool) -> None:
+    """End a member's membership, and that of whoever it invited.
+
+    PEER is a PeerId, the end of one as `swarmpy peers` shows it, or a name. This node must hold the
+    network's key, or have let the member in. It cannot be undone: the machine can join again with a
+    new identity only.
+    """
+    with connect(settings.folder) as node:
+        answer = node.post("/admin/revoke", {"peer": peer}, Revoked)
+    if is_json:
+        print_json(msgspec.to_builtins(answer))
+        return
+    name = answer.name or short_peer(answer.peer)
+    click.echo(f"{name} ({short_peer(answer.peer)}) is no member of {', '.join(answer.networks)}")
+    click.echo("The other members hear of it within seconds; whoever it invited is out too.")
+    click.echo("Codes that it holds admit other machines still: they end within a day.")
 
 
 def _peer_row(peer: PeerStatus) -> tuple[str, ...]:

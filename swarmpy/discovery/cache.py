@@ -47,7 +47,8 @@ class CachedPeer(msgspec.Struct, frozen=True, kw_only=True):
 class PeerCache(DiscoverySource):
     """At most `PEER_CACHE_MAX` members; the ones not seen for longest make room.
 
-    A disk that takes no more costs a slower restart, never the node.
+    Changes are written together by `flush`: a commit waits for the disk, and a crash that loses the
+    last seconds costs a slower restart. So does a disk that takes no more; never the node.
     """
 
     name = "cache"
@@ -55,6 +56,7 @@ class PeerCache(DiscoverySource):
     def __init__(self, path: Path) -> None:
         self._database = open_database(path, SCHEMA)
         self._peers = {item.peer: item for item in self._load()}
+        self._unwritten: dict[PeerId, None] = {}
 
     async def run(self, see: Callable[[Sighting], None]) -> None:
         """Report everybody in the cache once, the last seen first."""
@@ -80,38 +82,42 @@ class PeerCache(DiscoverySource):
         wall_s: WallSeconds,
     ) -> None:
         """Remember a member that was met just now."""
-        entry = CachedPeer(
+        self._peers[peer] = CachedPeer(
             peer=peer,
             name=name,
             proven=tuple(proven),
             claimed=tuple(claimed),
             seen_wall_s=wall_s,
         )
-        self._peers[peer] = entry
-        surplus = [old.peer for old in self.peers()[PEER_CACHE_MAX:]]
-        for old in surplus:
-            del self._peers[old]
-        self._write(
-            (_PUT, (peer, name, _text(entry.proven), _text(entry.claimed), wall_s)),
-            *((_FORGET, (old,)) for old in surplus),
-        )
+        self._unwritten[peer] = None
+        if len(self._peers) > PEER_CACHE_MAX:
+            self.forget(self.peers()[-1].peer)
 
     def forget(self, peer: PeerId) -> None:
         """Remove a peer that is no member any more."""
         if self._peers.pop(peer, None) is not None:
-            self._write((_FORGET, (peer,)))
+            self._unwritten[peer] = None
 
-    def close(self) -> None:
-        """Close the database."""
-        self._database.close()
-
-    def _write(self, *statements: tuple[str, tuple[object, ...]]) -> None:
+    def flush(self) -> None:
+        """Write what changed, in one commit."""
+        if not self._unwritten:
+            return
+        changed, self._unwritten = self._unwritten, {}
         try:
             with transaction(self._database) as database:
-                for statement, values in statements:
-                    database.execute(statement, values)
+                for peer in changed:
+                    entry = self._peers.get(peer)
+                    if entry is None:
+                        database.execute(_FORGET, (peer,))
+                    else:
+                        database.execute(_PUT, _row(entry))
         except ConfigError as error:
             logger.warning("cache.unwritable", extra={"error": str(error)})
+
+    def close(self) -> None:
+        """Write what changed and close the database."""
+        self.flush()
+        self._database.close()
 
     def _load(self) -> list[CachedPeer]:
         rows = self._database.execute(
@@ -129,6 +135,11 @@ class PeerCache(DiscoverySource):
             )
             for peer, name, proven, claimed, seen_wall_s in rows
         ]
+
+
+def _row(entry: CachedPeer) -> tuple[object, ...]:
+    proven, claimed = _text(entry.proven), _text(entry.claimed)
+    return (entry.peer, entry.name, proven, claimed, entry.seen_wall_s)
 
 
 def _text(addresses: Sequence[Address]) -> str:

@@ -1,63 +1,89 @@
-"""Announcements between members: each sends all it holds, then what is newer, as it comes.
+"""Gossip: this node's own announcements, and what its neighbours tell, verified and sorted.
 
-One long-lived stream in each direction carries nothing but `Announce`. Every node verifies before
-it passes on, so whoever delivers a forged announcement made it or is broken, and loses the
-connection.
+Every node verifies before it passes on, so whoever delivers a forged record made it or is broken,
+and loses the connection. What then becomes of a record is for `spreading` (passing on), `catchup`
+(comparing) and `liveness` (who is gone) to decide.
 Spec: protocols/announce.md.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+from collections import deque
 from collections.abc import Callable
-from typing import TypedDict, Unpack
+from typing import TypedDict, Unpack, cast
 
 import trio
 
-from swarmpy.abc import Host, NowSeconds, ProtocolId, Stream
-from swarmpy.discovery.records import Key, RecordTable
+from swarmpy.abc import Host, Stream
+from swarmpy.discovery.agenda import Agenda
+from swarmpy.discovery.catchup import CatchUp
+from swarmpy.discovery.link import PROTOCOL, Link
+from swarmpy.discovery.liveness import Liveness
+from swarmpy.discovery.records import Record, RecordTable
+from swarmpy.discovery.spreading import Spreading
 from swarmpy.discovery.trust import Trust
 from swarmpy.environment import Environment
-from swarmpy.errors import NetworkError, RemoteProtocolError, StaleRecord
+from swarmpy.errors import ClockSkew, RemoteProtocolError, StaleRecord
 from swarmpy.identity import Identity, PeerId
 from swarmpy.net.messages import MessageStream
-from swarmpy.proto import announce as proto
 from swarmpy.proto.announce import (
+    ADDRESSES_MAX,
     ANNOUNCE_INTERVAL_S,
-    ANNOUNCEMENT_BYTES_MAX,
-    Announce,
+    ANNOUNCE_JITTER_S,
+    Alive,
     AnnouncedModel,
     AnnouncedShard,
     Announcement,
+    Branches,
+    Have,
+    Leave,
+    Listing,
+    Message,
+    Probe,
+    Prune,
+    Records,
+    Root,
     SignedAnnouncement,
+    Want,
     open_announcement,
     seal_announcement,
 )
 from swarmpy.proto.endpoint import advertised
 from swarmpy.proto.membership import NAME_MAX, Membership
+from swarmpy.proto.revocation import SignedRevocation, open_revocation
+from swarmpy.proto.summary import record_key
+from swarmpy.proto.swim import open_statement, seal_statement
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = ProtocolId(proto.PROTOCOL)
-
-FRAME_BYTES_MAX = ANNOUNCEMENT_BYTES_MAX + 32
-"""An `Announce` around the largest announcement."""
-
-COALESCE_S = 0.02
-"""Announcements this close together go out in one pass, the older ones of a signer not at all."""
-
 CHECK_INTERVAL_S = 10.0
-"""How often changed addresses and better connections are looked for."""
-
-REOPEN_PAUSE_S = 0.5
-"""Before a broken push stream to a member that is still connected is opened anew."""
+"""How often this node's own addresses and the age of its announcement are looked at."""
 
 BURST_RECORDS = 200
 BURST_PAUSE_S = 0.2
-"""After this many announcements on one stream it is not read for a moment: a thousand signatures a
+"""After this many records on one stream it is not read for a moment: a thousand signatures a
 second cost a tenth of a core."""
 
 BREACH_PENALTY = 10
+
+PUBLISH_SPACING_S = 0.5
+PUBLISH_BURST = 4
+"""Announcements at once, and the time until one more: each goes to everybody."""
+
+CLOCK_WARNING_INTERVAL_S = 60.0
+"""How often a clock that is wrong is spoken of: its node announces itself again and again."""
+
+ALONE_S = 10.0
+"""A node whose last neighbour was lost so long ago, and that found no other, sees nobody."""
+
+EAGER_MIN = 3
+"""Neighbours that records are pushed to from the start; to more of them every record would go many
+times before the tree is found. Who lacks something asks for it, and is pushed to from then on."""
+
+FAREWELL_S = 0.5
+"""Time for the farewell to leave; the network finds out without it, a little later."""
 
 
 class Changes(TypedDict, total=False):
@@ -87,11 +113,15 @@ class Gossip:
         name: str,
         trust: Trust,
         on_record: Callable[[SignedAnnouncement], None],
+        on_gone: Callable[[Record], None],
+        reach: Callable[[PeerId], None],
     ) -> None:
         """Serve the announcement protocol on `host`.
 
         Args:
             on_record: Called with each newly stored announcement of another member.
+            on_gone: Called with the announcement of a member that left the view.
+            reach: Dials a member that may be dead; see `Liveness`.
         """
         self._host = host
         self._environment = environment
@@ -99,12 +129,31 @@ class Gossip:
         self._name = name[:NAME_MAX]
         self._trust = trust
         self._on_record = on_record
+        self._on_gone = on_gone
         self._changes = Changes()
         self._addresses: tuple[str, ...] = ()
         self._seq = 0
+        self._next_wall_s = 0.0
+        self._published = deque([-math.inf] * PUBLISH_BURST, maxlen=PUBLISH_BURST)
+        self._is_publishing = False
+        self._is_refuting = False
+        self._alone_since_s = math.inf
+        self._warned_s = -math.inf
+        self._has_left = False
+        self._agenda = Agenda()
         self._table = RecordTable()
-        self._changed = trio.Event()
-        self._pushing: dict[PeerId, trio.CancelScope] = {}
+        self.links: dict[PeerId, Link] = {}
+        self.spreading = Spreading(self._table, self.links, self._agenda, environment)
+        self._catchup = CatchUp(self.spreading, environment, trust)
+        self.liveness = Liveness(
+            self.spreading,
+            environment=environment,
+            identity=identity,
+            trust=trust,
+            reach=reach,
+            refute=self._refute,
+            on_gone=on_gone,
+        )
         host.set_handler(PROTOCOL, self._serve)
 
     # Own announcements -----------------------------------------------------------
@@ -117,18 +166,39 @@ class Gossip:
             self.publish()
 
     def publish(self) -> None:
+        """Announce this node anew: now, or a little later where it did so often of late."""
+        wait_s = self._published[0] + PUBLISH_BURST * PUBLISH_SPACING_S - trio.current_time()
+        if wait_s <= 0:
+            self._publish()
+        elif not self._is_publishing:
+            self._is_publishing = True
+            self._agenda.after(wait_s, self._publish)
+
+    def _publish(self, *, is_refresh: bool = False) -> None:
         """Sign this node's announcement anew, for each of its networks."""
+        self._is_publishing = False
+        if self._has_left:
+            return
         wall_s = self._environment.wall_time()
-        self._addresses = tuple(advertised(self._host.addresses, count_max=proto.ADDRESSES_MAX))
+        self._addresses = self._present_addresses()
         self._seq = max(self._seq + 1, int(wall_s * 1000))
+        jitter_s = ANNOUNCE_JITTER_S * (2 * self._environment.random.random() - 1)
+        self._next_wall_s = wall_s + ANNOUNCE_INTERVAL_S + jitter_s
         for membership in self._trust.own_memberships().values():
             sealed = seal_announcement(self._identity, self._own(membership, int(wall_s)))
             try:
-                self._store(open_announcement(sealed, wall_s=wall_s))
+                signed = open_announcement(sealed, wall_s=wall_s)
             except StaleRecord as error:
                 # The membership has ended, or the clock was set to before it began: nobody would
                 # believe what is said on its strength.
                 logger.warning("announce.unbelievable", extra={"error": str(error)})
+                continue
+            if self._table.add(signed):
+                self._published.append(trio.current_time())
+                self.spreading.spread(
+                    signed, source=None, is_refresh=is_refresh, is_urgent=self._is_refuting
+                )
+        self._is_refuting = False
 
     def _own(self, membership: Membership, wall_s: int) -> Announcement:
         return Announcement(
@@ -141,129 +211,258 @@ class Gossip:
             **self._changes,
         )
 
+    def _present_addresses(self) -> tuple[str, ...]:
+        return tuple(advertised(self._host.addresses, count_max=ADDRESSES_MAX))
+
+    def _refute(self, seq: int) -> None:
+        """Somebody says that this node is gone, or knows it by a higher number: speak louder."""
+        if seq >= self._seq and not self._has_left:
+            self._seq = seq
+            self._is_refuting = True
+            self.publish()
+
+    async def leave(self) -> None:
+        """Tell the neighbours that this node is leaving; nothing is announced after that."""
+        if self._has_left:
+            return
+        self._has_left = True
+        wall_s = self._environment.wall_time()
+        for network_id in self._trust.own_memberships():
+            sealed = seal_statement(
+                self._identity,
+                network_id=network_id,
+                accused=self._identity.peer_id,
+                seq=self._seq,
+                wall_s=wall_s,
+            )
+            statement = open_statement(sealed, wall_s=wall_s)
+            if self._table.add(statement):
+                self.spreading.spread(statement, source=None, to_all=True)
+        with trio.move_on_after(FAREWELL_S):
+            while not all(link.is_idle for link in self.links.values()):  # noqa: ASYNC110 - no event
+                await trio.sleep(FAREWELL_S / 30)
+
     # What is known ------------------------------------------------------------------
 
     def announcement(self, peer: PeerId) -> Announcement | None:
         """Return the newest announcement of a member, this node included."""
-        self._expire()
-        return self._table.newest(peer)
+        wall_s = self._environment.wall_time()
+        return self._table.newest(peer, self._trust.own_memberships(), wall_s=wall_s)
+
+    def announced_peers(self) -> list[PeerId]:
+        """Return the members in view, this node excluded, in PeerId order."""
+        if trio.current_time() - self._alone_since_s > ALONE_S:
+            return []
+        wall_s = self._environment.wall_time()
+        peers = {item.peer for item in self._table.announced() if item.expires_wall_s > wall_s}
+        return sorted(peers - {self._identity.peer_id})
 
     def announcements(self) -> list[Announcement]:
         """Return the newest announcement of each other member, in PeerId order."""
-        self._expire()
-        others = [peer for peer in self._table.peers() if peer != self._identity.peer_id]
-        return [found for peer in others if (found := self._table.newest(peer)) is not None]
+        found = (self.announcement(peer) for peer in self.announced_peers())
+        return [announcement for announcement in found if announcement is not None]
+
+    def memberships(self, peer: PeerId) -> list[Membership]:
+        """Return what a member announces of its memberships of this node's networks."""
+        records = (
+            self._table.get(record_key(network_id, peer))
+            for network_id in self._trust.own_memberships()
+        )
+        return [item.membership for item in records if isinstance(item, SignedAnnouncement)]
+
+    @property
+    def table(self) -> RecordTable:
+        """All that is known."""
+        return self._table
+
+    @property
+    def agenda(self) -> Agenda:
+        """What is to be done later, while `run` runs."""
+        return self._agenda
+
+    # Neighbours -----------------------------------------------------------------------
+
+    def link_up(self, peer: PeerId) -> Link:
+        """A member connected; return its link, whose `run` the caller starts."""
+        if (former := self.links.get(peer)) is not None:
+            former.scope.cancel()
+        link = Link(
+            self._host,
+            peer,
+            trust=self._trust,
+            record_of=self.spreading.newest,
+            on_broken=self._catchup.soon,
+        )
+        link.is_eager = sum(item.is_eager for item in self.links.values()) < EAGER_MIN
+        self.links[peer] = link
+        self._alone_since_s = math.inf
+        connection = self._host.connection_to(peer)
+        if connection is not None and connection.direction == "outbound":
+            self._catchup.soon(link)
+        self.liveness.reached(peer)
+        return link
+
+    def link_down(self, peer: PeerId) -> Link | None:
+        """A member is not connected any more; return the link that it had."""
+        link = self.links.pop(peer, None)
+        if link is not None:
+            link.scope.cancel()
+            if not self.links:
+                self._alone_since_s = trio.current_time()
+        return link
+
+    def networks_changed(self) -> None:
+        """This node is in a network more or less: announce, forget, and compare with everybody."""
+        self._table.drop_networks(self._trust.own_memberships())
+        self._publish()
+        for link in self.links.values():
+            self._catchup.soon(link)
 
     # Running ------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Repeat this node's announcements, and renew them when its addresses change."""
-        self.publish()
-        published_s = trio.current_time()
-        while True:
-            await trio.sleep(CHECK_INTERVAL_S)
-            addresses = tuple(advertised(self._host.addresses, count_max=proto.ADDRESSES_MAX))
-            is_due = trio.current_time() - published_s >= ANNOUNCE_INTERVAL_S
-            if is_due or addresses != self._addresses:
-                self.publish()
-                published_s = trio.current_time()
+        """Repeat this node's announcements, watch the neighbours and compare with them."""
+        for revocation in self._trust.revocations():
+            self._table.add(revocation)
+        self._publish()
+        self._agenda.after(0.0, self.liveness.run)
+        self._agenda.after(CHECK_INTERVAL_S, self._check)
+        self._agenda.after(0.0, self._catchup.run)
+        await self._agenda.run()
 
-    async def push(self, peer: PeerId) -> None:
-        """Send a member all that is known, then what is newer, while it is one.
-
-        Called again for a member that returned, it starts anew: the former stream is of no use.
-        """
-        if (former := self._pushing.get(peer)) is not None:
-            former.cancel()
-        with trio.CancelScope() as scope:
-            self._pushing[peer] = scope
-            while self._trust.is_member(peer):
-                try:
-                    await self._push_on_stream(peer)
-                except (NetworkError, RemoteProtocolError) as error:
-                    logger.debug("announce.broken", extra={"peer": peer, "error": str(error)})
-                    await trio.sleep(REOPEN_PAUSE_S)
-        if self._pushing.get(peer) is scope:
-            del self._pushing[peer]
-
-    async def _push_on_stream(self, peer: PeerId) -> None:
-        """Push until the peer is no member, or another connection to it is the better one."""
-        stream = await self._host.open_stream(peer, [PROTOCOL])
-        messages = MessageStream(stream)
-        sent: dict[Key, int] = {}
-        try:
-            while (
-                self._trust.is_member(peer) and self._host.connection_to(peer) is stream.connection
-            ):
-                changed = self._changed
-                await self._send_newer(messages, sent)
-                with trio.move_on_after(CHECK_INTERVAL_S):
-                    await changed.wait()
-                    await trio.sleep(COALESCE_S)
-            await messages.close_write()
-        except BaseException:
-            stream.reset()
-            raise
-
-    async def _send_newer(self, messages: MessageStream, sent: dict[Key, int]) -> None:
-        self._expire()
-        records = self._table.of_networks(self._trust.shared_networks(messages.peer))
-        is_first = not sent
-        for gone in sent.keys() - {record.key for record in records}:
-            del sent[gone]
-        for record in records:
-            # A peer is told what it said itself once: its clock may have been set back since.
-            is_echo = record.key[0] == messages.peer and not is_first
-            if not is_echo and record.seq > sent.get(record.key, -1):
-                await messages.send(Announce(announcement=record.signed.envelope))
-                sent[record.key] = record.seq
+    def _check(self) -> None:
+        wall_s = self._environment.wall_time()
+        if self._present_addresses() != self._addresses:
+            self.publish()
+        elif not self._next_wall_s - 2 * ANNOUNCE_INTERVAL_S <= wall_s < self._next_wall_s:
+            self._publish(is_refresh=True)
+        self._agenda.after(CHECK_INTERVAL_S, self._check)
 
     async def _serve(self, stream: Stream) -> None:
         messages = MessageStream(stream)
+        kinds = cast("type[Message]", Message)
         count = 0
         try:
-            while (
-                pushed := await messages.receive_or_end(Announce, bytes_max=FRAME_BYTES_MAX)
-            ) is not None:
-                self._receive(pushed.announcement, stream.peer)
-                count += 1
-                if count % BURST_RECORDS == 0:
+            while (message := await messages.receive_or_end(kinds)) is not None:
+                self._handle(message, stream.peer)
+                if isinstance(message, Records):
+                    count += len(message.announcements) + len(message.statements)
+                    count += len(message.revocations)
+                if count >= BURST_RECORDS:
+                    count = 0
                     await trio.sleep(BURST_PAUSE_S)
         except RemoteProtocolError as error:
             error.penalty = BREACH_PENALTY
             raise
 
-    def _receive(self, sealed: bytes, deliverer: PeerId) -> None:
-        """Store an announcement if it is new, verified, and of a network in common.
+    def _handle(self, message: Message, peer: PeerId) -> None:
+        """Act on one message.
 
         Raises:
-            RemoteProtocolError: It is forged or malformed.
+            RemoteProtocolError: It holds what is forged or malformed.
         """
-        if self._table.holds(sealed):
-            return
-        try:
-            signed = open_announcement(sealed, wall_s=self._environment.wall_time())
-        except StaleRecord as error:
-            logger.debug("announce.stale", extra={"peer": deliverer, "error": str(error)})
-            return
-        if signed.membership.network_id not in self._trust.shared_networks(deliverer):
-            return
-        if signed.peer != self._identity.peer_id:
-            if self._store(signed):
-                self._on_record(signed)
-        elif signed.announcement.seq > self._seq:
-            # This node's own word from before its clock was set back: speak louder.
-            self._seq = signed.announcement.seq
-            self.publish()
+        match message:
+            case Records():
+                self._take(message, peer)
+            case Have():
+                self.spreading.told(message, peer)
+            case Want():
+                self.spreading.asked(message, peer)
+            case Prune():
+                self.spreading.pruned(peer)
+            case Root():
+                self._catchup.root(message, peer)
+            case Branches():
+                self._catchup.branches(message, peer)
+            case Listing():
+                self._catchup.listing(message, peer)
+            case Probe():
+                self.liveness.asked(message, peer)
+            case Alive():
+                self.liveness.alive(message, peer)
+            case Leave():
+                if (link := self.links.get(peer)) is not None:
+                    link.has_parted = True
 
-    def _store(self, signed: SignedAnnouncement) -> bool:
-        age_s = self._environment.wall_time() - signed.announcement.issued_wall_s
-        now_s = NowSeconds(trio.current_time())
-        if not self._table.add(signed, age_s=age_s, now_s=now_s):
+    def _take(self, records: Records, deliverer: PeerId) -> None:
+        """Store what is new, verified, and of a network in common; pass it on.
+
+        Raises:
+            RemoteProtocolError: A record is forged or malformed.
+        """
+        wall_s = self._environment.wall_time()
+        networks = self._trust.shared_networks(deliverer)
+        is_new = True
+        for sealed in records.revocations:
+            try:
+                revocation = open_revocation(sealed, wall_s=wall_s)
+            except StaleRecord:
+                continue
+            if revocation.network_id in networks:
+                is_new = self._take_revocation(revocation, deliverer) and is_new
+        for sealed in records.announcements:
+            try:
+                signed = open_announcement(sealed, wall_s=wall_s)
+            except ClockSkew as error:
+                self._warn_of_clock(error)
+                continue
+            except StaleRecord:
+                continue  # Ordinary gossip.
+            if signed.network_id in networks:
+                is_new = self._take_announcement(signed, deliverer) and is_new
+        for sealed in records.statements:
+            try:
+                statement = open_statement(sealed, wall_s=wall_s)
+            except StaleRecord:
+                continue
+            if statement.network_id in networks:
+                is_new = self.liveness.stated(statement, deliverer) and is_new
+        if not is_new and not records.is_answer:
+            self.spreading.is_known(deliverer)
+
+    def _warn_of_clock(self, error: ClockSkew) -> None:
+        """Say why a member is not believed: nobody else could tell its owner, or this node's."""
+        now_s = trio.current_time()
+        if now_s - self._warned_s >= CLOCK_WARNING_INTERVAL_S:
+            self._warned_s = now_s
+            logger.warning("announce.clock_skew", extra={"error": str(error)})
+
+    def _take_announcement(self, signed: SignedAnnouncement, deliverer: PeerId) -> bool:
+        """Store an announcement; False if it, or a newer one, was here already."""
+        former = self._table.get(signed.key)
+        if former is not None and signed.version <= former.version:
+            if (link := self.links.get(deliverer)) is not None:
+                link.heard(signed.key)
             return False
-        changed, self._changed = self._changed, trio.Event()
-        changed.set()
+        if signed.peer == self._identity.peer_id:
+            # This node's own word from before its clock was set back.
+            self._refute(signed.announcement.seq)
+            return True
+        if self._trust.is_void(signed.membership) or not self._table.add(signed):
+            return True
+        is_urgent = self.liveness.refuted(signed)
+        is_refresh = isinstance(former, SignedAnnouncement) and former.contents == signed.contents
+        self.spreading.spread(signed, source=deliverer, is_refresh=is_refresh, is_urgent=is_urgent)
+        self._on_record(signed)
         return True
 
-    def _expire(self) -> None:
-        self._table.expire(now_s=NowSeconds(trio.current_time()))
+    def _take_revocation(self, revocation: SignedRevocation, deliverer: PeerId) -> bool:
+        if self._table.version(revocation.key) >= revocation.version:
+            return False
+        self._trust.take_revocation(revocation)
+        self.revoked(revocation, source=deliverer)
+        return True
+
+    def revoked(self, revocation: SignedRevocation, *, source: PeerId | None = None) -> None:
+        """Pass on a revocation that was taken, and drop the records that it makes void."""
+        stored = self._table.get(revocation.key)
+        if not self._table.add(revocation):
+            return
+        self.spreading.suspicions.pop(revocation.key, None)
+        self.spreading.spread(revocation, source=source)
+        if isinstance(stored, SignedAnnouncement):
+            self._on_gone(stored)
+        for record in list(self._table.announced()):
+            if self._trust.is_void(record.membership):
+                self._table.remove(record)
+                self._on_gone(record)

@@ -6,10 +6,11 @@ Spec: protocols/announce.md, section 5.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection
 
 from swarmpy.abc import Address, NowSeconds
+from swarmpy.identity import PeerId
 from swarmpy.proto.endpoint import IpAddress, ip_endpoint, subnet_of
 
 WINDOW_S = 60.0
@@ -70,6 +71,30 @@ class DialLimits:
     def _prune(self, now_s: NowSeconds) -> None:
         while self._dials and now_s - self._dials[0][0] >= WINDOW_S:
             self._dials.popleft()
+
+
+BUDGETS_MAX = 1024
+"""Peers whose spending is remembered; the ones longest without any are forgotten first."""
+
+
+class Budgets:
+    """Something each peer may have `count_max` of at once and `per_s` of in the long run."""
+
+    def __init__(self, *, count_max: float, per_s: float) -> None:
+        self._count_max = count_max
+        self._per_s = per_s
+        self._spent: OrderedDict[PeerId, tuple[float, float]] = OrderedDict()
+
+    def take(self, peer: PeerId, *, now_s: float) -> bool:
+        """Whether the peer may have one more; it is counted if so."""
+        spent, since_s = self._spent.get(peer, (0.0, now_s))
+        spent = max(0.0, spent - (now_s - since_s) * self._per_s)
+        is_left = spent <= self._count_max - 1
+        self._spent[peer] = (spent + is_left, now_s)
+        self._spent.move_to_end(peer)
+        if len(self._spent) > BUDGETS_MAX:
+            self._spent.popitem(last=False)
+        return is_left
 
 
 def _until(times: list[NowSeconds], count_max: int, now_s: NowSeconds) -> float:

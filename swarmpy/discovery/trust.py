@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from swarmpy.identity import PeerId
 from swarmpy.proto.membership import Membership, NetworkId
+from swarmpy.proto.revocation import SignedRevocation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,3 +18,8 @@ class Trust:
     confirm: Callable[[PeerId], Awaitable[bool]]
     shared_networks: Callable[[PeerId], frozenset[NetworkId]]
     own_memberships: Callable[[], Mapping[NetworkId, Membership]]
+    is_void: Callable[[Membership], bool]
+    """Whether a member of a membership's chain is revoked."""
+    revocations: Callable[[], Sequence[SignedRevocation]]
+    take_revocation: Callable[[SignedRevocation], None]
+    """Keep a verified revocation of one of this node's networks, and act on it."""

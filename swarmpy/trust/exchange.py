@@ -44,11 +44,13 @@ Shared = Mapping[NetworkId, Membership]
 class Exchange:
     """What both roles of the conversation need from the node.
 
-    `admit` is called with what was verified of the peer, before the peer can know.
+    `admit` is called with what was verified of the peer, before the peer can know; `is_void` says
+    whether a sound membership rests on a revoked one.
     """
 
     own: Mapping[NetworkId, Membership]
     wall_s: WallSeconds
+    is_void: Callable[[Membership], bool]
     admit: Callable[[Shared], None]
 
     async def initiate(self, messages: MessageStream) -> Shared:
@@ -104,6 +106,11 @@ class Exchange:
             membership = verify_membership(proof, wall_s=self.wall_s, expected_member=messages.peer)
             if membership.network_id not in self.own:
                 raise BadMessage("a membership of a network that was not named", peer=messages.peer)
+            if self.is_void(membership):
+                raise NotAMember(
+                    f"revoked: {messages.peer}, or who signed it in, is no member of"
+                    f" {membership.network_name!r} any more"
+                )
             shared[membership.network_id] = membership
         return shared
 

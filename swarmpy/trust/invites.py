@@ -178,6 +178,13 @@ class InviteBook:
             for row in rows
         ]
 
+    def answers(self, peer: PeerId) -> list[bytes]:
+        """Return what a peer was answered when it redeemed invites of this node."""
+        rows = self._database.execute(
+            "SELECT answer FROM redemptions WHERE peer = ? ORDER BY invite_id", (peer,)
+        ).fetchall()
+        return [bytes(answer) for (answer,) in rows]
+
     def revoke(self, invite_id: str) -> bool:
         """End an invite; whoever redeemed it stays a member. False where there is none."""
         with transaction(self._database) as database:

@@ -6,7 +6,7 @@ Spec: protocols/invite.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -39,7 +39,7 @@ from swarmpy.proto.invite import (
     open_invite,
     words_of,
 )
-from swarmpy.proto.membership import CLOCK_SKEW_S, NAME_MAX, NetworkId
+from swarmpy.proto.membership import CLOCK_SKEW_S, NAME_MAX, NetworkId, Proof
 from swarmpy.proto.wire import decode, encode
 from swarmpy.status import InviteCreated, InviteShown
 from swarmpy.trust.attempts import Attempts
@@ -70,7 +70,9 @@ class InviteDesk:
         identity: Identity,
         name: str,
         environment: Environment,
+        is_revoked: Callable[[NetworkId, PeerId], bool],
     ) -> None:
+        self._is_revoked = is_revoked
         self._book = book
         self._networks = networks
         self._identity = identity
@@ -158,6 +160,10 @@ class InviteDesk:
         """End an invite; see `InviteBook.revoke`."""
         return self._book.revoke(invite_id)
 
+    def proofs_given(self, peer: PeerId) -> list[Proof]:
+        """Return the proofs that a peer got for invites of this node."""
+        return [decode(answer, Accepted).proof for answer in self._book.answers(peer)]
+
     # Reading codes -----------------------------------------------------------------
 
     def open_code(self, code: str) -> SignedInvite:
@@ -223,6 +229,8 @@ class InviteDesk:
         signed = open_invite(asked.invite)
         if signed.issuer != self._identity.peer_id:
             raise InviteForeign(f"the invite was issued by {signed.issuer}")
+        if self._is_revoked(signed.network_id, peer):
+            raise NotAMember(f"{peer} is revoked in this network")
 
         def answer(redemption: Redemption) -> bytes:
             proof = self._networks.issue(

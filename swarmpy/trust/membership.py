@@ -8,7 +8,7 @@ Spec: protocols/membership.md, protocols/invite.md; design: docs/architecture.md
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import trio
 
-from swarmpy.abc import Connection, Host, ProtocolId, Stream
+from swarmpy.abc import Connection, Host, NowSeconds, ProtocolId, Stream
 from swarmpy.config import INVITE_TTL_S
 from swarmpy.environment import Environment
 from swarmpy.errors import (
     ConfigError,
     ConnectionLost,
+    MembershipError,
     NetworkError,
     NotAMember,
     ProtocolError,
@@ -34,15 +35,20 @@ from swarmpy.net.messages import MessageStream
 from swarmpy.proto import invite
 from swarmpy.proto import membership as proto
 from swarmpy.proto.invite import SignedInvite
-from swarmpy.proto.membership import Hello, NetworkId, NotRenewed, Renew, Renewed
+from swarmpy.proto.membership import Hello, NetworkId, Renew
+from swarmpy.proto.revocation import SignedRevocation
 from swarmpy.status import InviteCreated, InviteShown, Joined
 from swarmpy.store import open_database
-from swarmpy.trust import invites, networks
+from swarmpy.trust import invites, networks, revocations
+from swarmpy.trust.attempts import CONVERSATIONS_MAX, Attempts
 from swarmpy.trust.exchange import CONVERSATION_TIMEOUT_S, Exchange, Shared, within
 from swarmpy.trust.gate import MembershipGate
 from swarmpy.trust.issuing import InviteDesk
 from swarmpy.trust.networks import NetworkBook
 from swarmpy.trust.redeeming import addresses_of, redeem_at
+from swarmpy.trust.renewing import ask_renewal, renewal_for
+from swarmpy.trust.revocations import RevocationBook
+from swarmpy.trust.revoking import RevocationDesk
 from swarmpy.trust.views import InviteView, NetworkView
 
 if TYPE_CHECKING:
@@ -64,9 +70,6 @@ and redials where not."""
 
 SWEEP_INTERVAL_S = 5.0
 RENEW_INTERVAL_S = 600.0
-
-RENEWED_MIN_S = 24 * 3600.0
-"""A renewed record must gain a day, or two members could renew each other for ever to no end."""
 
 
 @dataclass(slots=True)
@@ -100,9 +103,16 @@ class Membership:
         self._name = name
         self._environment = environment
         self._host = host
-        self._database = open_database(folder / "membership.db", networks.SCHEMA + invites.SCHEMA)
+        self._database = open_database(
+            folder / "membership.db", networks.SCHEMA + invites.SCHEMA + revocations.SCHEMA
+        )
+        self._revocations = RevocationBook(self._database, environment)
         self._book = NetworkBook(
-            self._database, identity=identity, folder=folder / "networks", environment=environment
+            self._database,
+            identity=identity,
+            folder=folder / "networks",
+            environment=environment,
+            revocations=self._revocations,
         )
         self._desk = InviteDesk(
             invites.InviteBook(self._database),
@@ -110,17 +120,23 @@ class Membership:
             identity=identity,
             name=name,
             environment=environment,
+            is_revoked=self._revocations.is_revoked,
+        )
+        self._revoking = RevocationDesk(
+            self._book, identity=identity, environment=environment, given=self._desk.proofs_given
         )
         self._peers: dict[PeerId, _Member] = {}
+        self._conversations = Attempts(CONVERSATIONS_MAX)
         self._running: dict[PeerId, trio.Event] = {}
         self._redeeming: dict[PeerId, int] = {}
         self._changed = trio.Event()
         self._on_member: list[Callable[[PeerId], None]] = []
         self._on_lost: list[Callable[[PeerId], None]] = []
         self._on_network: list[Callable[[NetworkId], None]] = []
+        self._on_revoked: list[Callable[[SignedRevocation], None]] = []
         self.gate = MembershipGate(self._is_admitted)
         host.gate = self.gate
-        host.set_handler(PROTOCOL, self._serve_membership)
+        host.set_handler(PROTOCOL, self._serve_membership, allow_limited=True)
         host.set_handler(INVITE_PROTOCOL, self._serve_invite)
 
     # Own networks ----------------------------------------------------------------
@@ -131,17 +147,7 @@ class Membership:
 
     def networks(self) -> list[NetworkView]:
         """Return the networks this node is in, the oldest first."""
-        return [
-            NetworkView(
-                id=membership.network_id,
-                name=membership.network_name,
-                is_founder=self._book.is_founder(membership.network_id),
-                can_invite=membership.can_invite,
-                member_since_wall_s=self._book.joined_wall_s(membership.network_id),
-                not_after_wall_s=membership.not_after_wall_s,
-            )
-            for membership in self._book.memberships.values()
-        ]
+        return self._book.views()
 
     def create_network(self, name: str = "") -> NetworkView:
         """Make a network with this node as its founder and first member.
@@ -151,7 +157,7 @@ class Membership:
         """
         membership = self._book.create((name or f"{self._name}'s network")[: proto.NAME_MAX])
         _tell(self._on_network, membership.network_id)
-        return next(view for view in self.networks() if view.id == membership.network_id)
+        return self._book.view(membership)
 
     # Invites -----------------------------------------------------------------------
 
@@ -293,6 +299,66 @@ class Membership:
         """Call back when this node made or joined a network, or has a new record of one."""
         self._on_network.append(callback)
 
+    # Revocation --------------------------------------------------------------------
+
+    def revoke(
+        self, peer: PeerId, *, announced: Sequence[proto.Membership] = ()
+    ) -> list[NetworkId]:
+        """End a member's membership of each network where this node has the authority to.
+
+        That is where this node holds the network's key, or stands above the member in the chain of
+        its membership. What the member signed is void with it.
+
+        Args:
+            announced: The member's memberships as far as its announcements show them.
+
+        Returns:
+            The networks, at least one.
+
+        Raises:
+            NotAMember: It is no member that this node could revoke.
+            MembershipError: There is no room for another revocation.
+        """
+        known = self._peers.get(peer)
+        shown = known.shared.values() if known is not None else ()
+        made = self._revoking.revoke(peer, [*announced, *shown])
+        for revocation in made:
+            self.take_revocation(revocation)
+            if not self._revocations.is_revoked(revocation.network_id, peer):
+                raise MembershipError("this node keeps as many revocations as there may be")
+            _tell(self._on_revoked, revocation)
+        return [revocation.network_id for revocation in made]
+
+    def revocations(self) -> list[SignedRevocation]:
+        """Return the revocations that hold, of this node's networks and of former ones."""
+        return self._revocations.all()
+
+    def is_void(self, membership: proto.Membership) -> bool:
+        """Whether a membership rests on a revoked one."""
+        return self._revocations.is_void(membership)
+
+    def take_revocation(self, revocation: SignedRevocation) -> None:
+        """Keep a verified revocation, and serve nobody any more whose membership it voids."""
+        if not self._revocations.add(revocation):
+            return
+        logger.warning(
+            "membership.revoked",
+            extra={"peer": revocation.peer, "network_id": revocation.network_id},
+        )
+        for network_id in self._book.drop_ended():
+            _tell(self._on_network, network_id)
+        for peer in sorted(self._peers):
+            if self._valid(self._peers[peer]):
+                continue
+            for connection in self._host.connections:
+                if connection.peer == peer:
+                    connection.close()
+            self._forget(peer)
+
+    def on_revoked(self, callback: Callable[[SignedRevocation], None]) -> None:
+        """Call back when this node revoked a member."""
+        self._on_revoked.append(callback)
+
     # Running -----------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -362,6 +428,7 @@ class Membership:
                 # The disk takes no more; the old records last for days, and it is tried again.
                 logger.warning("membership.unwritable", extra={"error": str(error)})
             self._book.drop_ended()
+            self._revocations.drop_over()
             for network_id in renewed:
                 _tell(self._on_network, network_id)
             if renewed:
@@ -411,7 +478,7 @@ class Membership:
 
     async def _exchange_once(self, peer: PeerId) -> None:
         with within(CONVERSATION_TIMEOUT_S, "the membership conversation"):
-            stream = await self._host.open_stream(peer, [PROTOCOL])
+            stream = await self._host.open_stream(peer, [PROTOCOL], allow_limited=True)
             try:
                 shared = await self._conversation(peer).initiate(MessageStream(stream))
                 await stream.close_write()
@@ -421,6 +488,7 @@ class Membership:
         self._confirmed(stream, shared)
 
     async def _serve_membership(self, stream: Stream) -> None:
+        self._count_conversation(stream.peer)
         messages = MessageStream(stream)
         with within(CONVERSATION_TIMEOUT_S, "the membership conversation"):
             match await messages.receive(cast("type[Hello | Renew]", Hello | Renew)):
@@ -428,12 +496,17 @@ class Membership:
                     shared = await self._conversation(stream.peer).respond(hello, messages)
                     self._confirmed(stream, shared)
                 case Renew() as asked:
-                    await messages.send(self._renewal(stream.peer, asked))
+                    wall_s = self._environment.wall_time()
+                    answer = renewal_for(
+                        stream.peer, asked, book=self._book, is_void=self.is_void, wall_s=wall_s
+                    )
+                    await messages.send(answer)
 
     def _conversation(self, peer: PeerId) -> Exchange:
         return Exchange(
             own=dict(self._book.memberships),
             wall_s=self._environment.wall_time(),
+            is_void=self._revocations.is_void,
             admit=partial(self._admit, peer),
         )
 
@@ -466,7 +539,9 @@ class Membership:
         return [
             network_id
             for network_id, membership in known.shared.items()
-            if membership.not_after_wall_s >= oldest and network_id in self._book.memberships
+            if membership.not_after_wall_s >= oldest
+            and network_id in self._book.memberships
+            and not self._revocations.is_void(membership)
         ]
 
     def _forget(self, peer: PeerId) -> None:
@@ -480,7 +555,8 @@ class Membership:
     async def _renew(self, network_id: NetworkId) -> bool:
         """Ask the members that may sign for a new record where this node's own ends soon."""
         own = self._book.memberships[network_id]
-        left_s = own.not_after_wall_s - self._environment.wall_time()
+        wall_time = self._environment.wall_time
+        left_s = own.not_after_wall_s - wall_time()
         if left_s >= proto.RENEW_BELOW_S or self._book.is_founder(network_id):
             return False
         for peer in self.members():
@@ -488,7 +564,7 @@ class Membership:
             if theirs is None or not theirs.can_invite:
                 continue
             try:
-                renewed = await self._ask_renewal(peer, own)
+                renewed = await ask_renewal(self._host, peer, own, wall_time=wall_time)
             except (NetworkError, ProtocolError, NotAMember) as error:
                 logger.debug("membership.renewal_failed", extra={"peer": peer, "error": str(error)})
                 continue
@@ -497,49 +573,28 @@ class Membership:
                 return True
         return False
 
-    async def _ask_renewal(self, peer: PeerId, own: proto.Membership) -> proto.Membership | None:
-        with within(CONVERSATION_TIMEOUT_S, "the renewal"):
-            stream = await self._host.open_stream(peer, [PROTOCOL])
-            try:
-                messages = MessageStream(stream)
-                await messages.send(Renew(proof=own.proof))
-                kinds = cast("type[Renewed | NotRenewed]", Renewed | NotRenewed)
-                answer = await messages.receive(kinds)
-                await stream.close_write()
-            except BaseException:
-                stream.reset()
-                raise
-        if isinstance(answer, NotRenewed):
-            return None
-        renewed = proto.verify_membership(
-            answer.proof,
-            wall_s=self._environment.wall_time(),
-            expected_member=self._identity.peer_id,
-        )
-        gained_s = renewed.not_after_wall_s - own.not_after_wall_s
-        is_same = renewed.network_id == own.network_id
-        return renewed if is_same and gained_s >= RENEWED_MIN_S else None
-
-    def _renewal(self, peer: PeerId, asked: Renew) -> Renewed | NotRenewed:
-        """Answer a member whose record ends soon; its scope stays what it was."""
-        wall_s = self._environment.wall_time()
-        try:
-            theirs = proto.verify_membership(asked.proof, wall_s=wall_s, expected_member=peer)
-            if theirs.not_after_wall_s - wall_s >= proto.RENEW_BELOW_S:
-                return NotRenewed()
-            proof = self._book.issue(theirs.network_id, peer, can_invite=theirs.can_invite)
-        except NotAMember:
-            return NotRenewed()
-        return Renewed(proof=proof)
-
     # Invites, at the issuer ------------------------------------------------------------
 
     async def _serve_invite(self, stream: Stream) -> None:
+        self._count_conversation(stream.peer)
         with (
             self._redeeming_with(stream.peer),
             within(CONVERSATION_TIMEOUT_S, "redeeming an invite"),
         ):
             await self._desk.serve(MessageStream(stream))
+
+    def _count_conversation(self, peer: PeerId) -> None:
+        """Let a peer that asks without end go: strangers too may make this node verify signatures.
+
+        Raises:
+            RemoteProtocolError: It has begun too many conversations in this minute.
+        """
+        now_s = NowSeconds(trio.current_time())
+        if self._conversations.is_blocked(peer, now_s=now_s):
+            raise RemoteProtocolError(
+                f"more than {CONVERSATIONS_MAX} conversations in a minute", peer=peer, penalty=10
+            )
+        self._conversations.add(peer, now_s=now_s)
 
     @contextmanager
     def _redeeming_with(self, peer: PeerId) -> Iterator[None]:

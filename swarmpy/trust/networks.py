@@ -26,6 +26,8 @@ from swarmpy.proto.membership import (
 )
 from swarmpy.proto.wire import decode, encode
 from swarmpy.store import transaction
+from swarmpy.trust.revocations import RevocationBook
+from swarmpy.trust.views import NetworkView
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +52,11 @@ class NetworkBook:
         identity: Identity,
         folder: Path,
         environment: Environment,
+        revocations: RevocationBook,
     ) -> None:
         """Args: database: Opened with `SCHEMA` applied. folder: Where network keys are kept."""
         self._database = database
+        self._revocations = revocations
         self._identity = identity
         self._folder = folder
         self._environment = environment
@@ -71,9 +75,28 @@ class NetworkBook:
         """When this node made or joined the network."""
         return self._joined[network_id]
 
+    def views(self) -> list[NetworkView]:
+        """Return what there is to show of the networks, the oldest first."""
+        return [self.view(membership) for membership in self._memberships.values()]
+
+    def view(self, membership: Membership) -> NetworkView:
+        """Return what there is to show of one network."""
+        return NetworkView(
+            id=membership.network_id,
+            name=membership.network_name,
+            is_founder=self.is_founder(membership.network_id),
+            can_invite=membership.can_invite,
+            member_since_wall_s=self.joined_wall_s(membership.network_id),
+            not_after_wall_s=membership.not_after_wall_s,
+        )
+
     def is_founder(self, network_id: NetworkId) -> bool:
         """Whether this node holds the network's key."""
         return network_id in self._keys
+
+    def key(self, network_id: NetworkId) -> Identity | None:
+        """Return the network's key where this node holds it."""
+        return self._keys.get(network_id)
 
     def create(self, name: str) -> Membership:
         """Make a new network and this node its first member."""
@@ -133,8 +156,10 @@ class NetworkBook:
         """Sign a membership of one of this node's networks, by the network's key where it is here.
 
         Raises:
-            NotAMember: This node may not, or no longer.
+            NotAMember: This node may not, or no longer, or the member is revoked.
         """
+        if self._revocations.is_revoked(network_id, member):
+            raise NotAMember(f"{member} is revoked in this network")
         membership = self._memberships.get(network_id)
         if membership is None:
             raise NotAMember("this node's own membership of the network has ended")
@@ -162,12 +187,16 @@ class NetworkBook:
         return renewed
 
     def drop_ended(self) -> list[NetworkId]:
-        """Leave the networks whose membership has ended, in memory only; return which."""
+        """Leave the networks whose membership has ended or is revoked, in memory only.
+
+        Returns:
+            Which they are.
+        """
         wall_s = self._environment.wall_time()
         ended = [
             network_id
             for network_id, membership in self._memberships.items()
-            if membership.not_after_wall_s < wall_s
+            if membership.not_after_wall_s < wall_s or self._revocations.is_void(membership)
         ]
         for network_id in ended:
             del self._memberships[network_id]
@@ -220,7 +249,7 @@ class NetworkBook:
                 # for the node not to start.
                 logger.warning("membership.unusable", extra={"network_id": network_id})
                 continue
-            if membership is not None:
+            if membership is not None and not self._revocations.is_void(membership):
                 self._joined[membership.network_id] = joined
                 self._memberships[membership.network_id] = membership
 

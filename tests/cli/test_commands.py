@@ -165,6 +165,27 @@ def test_joining_through_the_node_that_runs(home: Path, place: Path) -> None:
         cleo.signal_and_wait(signal.SIGINT)
 
 
+def test_a_member_that_was_let_in_is_revoked(home: Path, place: Path) -> None:
+    code = str(document(home, "invite")["code"])
+    words = ("run", "--no-model", "--name", "dora", "--engine", ECHO, *NODE_OPTIONS, "--json")
+    with started(place / "dora", *words) as dora:
+        dora.ready()
+        document(place / "dora", "join", code, "--yes")
+        unable = ran(place / "dora", "revoke", "ann", "--json")
+        revoked = document(home, "revoke", "dora")
+        dora.signal_and_wait(signal.SIGINT)
+
+    assert json.loads(unable.stdout)["error"]["code"] == "not_a_member"
+    assert revoked["name"] == "dora"
+    assert isinstance(revoked["networks"], list)
+    assert len(revoked["networks"]) == 1
+    peers = document(home, "peers")["peers"]
+    assert isinstance(peers, list)
+    assert {peer["name"]: peer["state"] for peer in peers}.get("dora") != "member"
+    again = ran(home, "revoke", "nobody", "--json")
+    assert json.loads(again.stdout)["error"]["code"] == "not_a_member"
+
+
 def test_a_used_code_is_refused_and_no_node_stays(home: Path, place: Path) -> None:
     code = str(document(home, "invite")["code"])
     words = ("--yes", "--engine", ECHO, *NODE_OPTIONS, "--json")

@@ -12,8 +12,8 @@ from small_nodes import SmallNode, is_member, join, machine, small_node, until
 from trio.testing import MockClock
 
 from swarmpy.abc import Address, DiscoverySource, Sighting, Stream
-from swarmpy.discovery import service
-from swarmpy.discovery.service import STRANGERS_MAX
+from swarmpy.discovery import neighbourhood
+from swarmpy.discovery.peers import STRANGERS_MAX
 from swarmpy.identity import Identity
 from swarmpy.net.host import NativeHost
 from swarmpy.testing.network import SimNetwork
@@ -253,7 +253,7 @@ async def test_a_member_that_says_nothing_for_a_while_is_not_forgotten(
 async def test_a_crowd_of_strangers_does_not_keep_a_node_from_its_members(
     autojump_clock: MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "CONNECTIONS_KEPT_MAX", 1)
+    monkeypatch.setattr(neighbourhood, "NEIGHBOURS_MIN", 1)
     world = SimNetwork()
     async with small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann:
         async with small_node("bob", machine(world, 2), tmp_path / "b") as bob:

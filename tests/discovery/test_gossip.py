@@ -10,15 +10,15 @@ from small_nodes import Clock, SmallNode, join, machine, small_node, until, wall
 from trio.testing import MockClock
 
 from swarmpy.abc import Address
-from swarmpy.discovery.gossip import PROTOCOL
+from swarmpy.discovery.link import PROTOCOL
 from swarmpy.errors import SwarmError
 from swarmpy.identity import Identity
 from swarmpy.net.messages import MessageStream
 from swarmpy.proto.announce import (
     ANNOUNCE_INTERVAL_S,
-    Announce,
     AnnouncedModel,
     Announcement,
+    Records,
     seal_announcement,
 )
 from swarmpy.proto.membership import issue, own_network_id
@@ -158,7 +158,7 @@ async def test_a_clock_set_back_to_before_the_membership_silences_a_node_and_no_
 
 async def push(node: SmallNode, target: SmallNode, sealed: bytes) -> MessageStream:
     messages = MessageStream(await node.host.open_stream(target.peer, [PROTOCOL]))
-    await messages.send(Announce(announcement=sealed))
+    await messages.send(Records(announcements=(sealed,)))
     return messages
 
 
@@ -269,7 +269,7 @@ async def test_a_stranger_cannot_announce(autojump_clock: MockClock, tmp_path: P
         await eve.host.dial(ann.peer, ann.host.addresses)
 
         with pytest.raises(SwarmError):
-            await (await push(eve, ann, b"anything")).receive(Announce)
+            await (await push(eve, ann, b"anything")).receive(Records)
 
 
 async def test_third_party_records_cannot_aim_dials_at_one_victim(

@@ -1,22 +1,26 @@
-"""The table of announcements."""
+"""The table of records."""
 
 from __future__ import annotations
 
 import pytest
 
-from swarmpy.abc import NowSeconds
 from swarmpy.config import RECORDS_MAX
 from swarmpy.discovery import records
-from swarmpy.discovery.records import RecordTable
+from swarmpy.discovery.records import SWEEP_INTERVAL_S, Record, RecordTable
 from swarmpy.identity import Identity
-from swarmpy.proto.announce import Announcement, SignedAnnouncement
+from swarmpy.proto.announce import ANNOUNCEMENT_TTL_S, Announcement, SignedAnnouncement
 from swarmpy.proto.membership import Membership, NetworkId
+from swarmpy.proto.revocation import SignedRevocation
+from swarmpy.proto.summary import alive_version, gone_version, record_key
+from swarmpy.proto.swim import SignedStatement
 
 HOME, WORK = NetworkId("nhome"), NetworkId("nwork")
 PEERS = [Identity(number.to_bytes(32, "big")).peer_id for number in range(3)]
 
 
-def announced(peer: int, seq: int, network: NetworkId = HOME) -> SignedAnnouncement:
+def announced(
+    peer: int, seq: int, network: NetworkId = HOME, *, wall_s: int = 0
+) -> SignedAnnouncement:
     """An announcement as it is after its signatures were checked."""
     membership = Membership(
         network_id=network,
@@ -24,74 +28,163 @@ def announced(peer: int, seq: int, network: NetworkId = HOME) -> SignedAnnouncem
         member=PEERS[peer],
         can_invite=True,
         not_after_wall_s=0.0,
+        not_before_wall_s=0.0,
         issuer=PEERS[0],
+        members=(PEERS[peer],),
         proof=(),
     )
     announcement = Announcement(
-        peer=PEERS[peer], seq=seq, issued_wall_s=0, membership=(b"",), name="", addresses=()
+        peer=PEERS[peer], seq=seq, issued_wall_s=wall_s, membership=(b"",), name="", addresses=()
     )
     return SignedAnnouncement(
         announcement=announcement,
         membership=membership,
         peer=PEERS[peer],
-        envelope=f"{peer} {seq} {network}".encode(),
+        envelope=b"",
+        key=record_key(network, PEERS[peer]),
+        version=alive_version(seq),
+        contents=b"",
     )
 
 
-def add(table: RecordTable, signed: SignedAnnouncement, now_s: float = 0.0) -> bool:
-    return table.add(signed, age_s=0.0, now_s=NowSeconds(now_s))
+def stated(peer: int, seq: int, network: NetworkId = HOME) -> SignedStatement:
+    return SignedStatement(
+        network_id=network,
+        peer=PEERS[peer],
+        signer=PEERS[0],
+        seq=seq,
+        issued_wall_s=0.0,
+        envelope=b"",
+        key=record_key(network, PEERS[peer]),
+        version=gone_version(seq),
+    )
+
+
+def revoked(peer: int) -> SignedRevocation:
+    key = record_key(HOME, PEERS[peer])
+    return SignedRevocation(
+        network_id=HOME,
+        peer=PEERS[peer],
+        signer=PEERS[0],
+        is_by_key=True,
+        issued_wall_s=0.0,
+        envelope=b"",
+        key=key,
+    )
+
+
+def add_all(table: RecordTable, *items: Record) -> list[bool]:
+    return [table.add(item) for item in items]
 
 
 def test_only_what_is_newer_is_stored() -> None:
     table = RecordTable()
 
-    assert [add(table, announced(1, seq)) for seq in (5, 4, 5, 6)] == [True, False, False, True]
-    assert len(table) == 1
+    taken = add_all(table, *(announced(1, seq) for seq in (5, 4, 5, 6)))
+
+    assert taken == [True, False, False, True]
+    assert (len(table), table.announcement_count) == (1, 1)
 
 
-def test_only_what_is_stored_is_recognised() -> None:
+def test_a_member_is_gone_until_it_announces_itself_anew() -> None:
     table = RecordTable()
-    add(table, announced(1, 5))
-    add(table, announced(1, 6))
+    key = record_key(HOME, PEERS[1])
 
-    assert not table.holds(announced(1, 5).envelope)
-    assert table.holds(announced(1, 6).envelope)
+    taken = add_all(table, announced(1, 5), stated(1, 5), announced(1, 5), stated(1, 4))
+    assert taken == [True, True, False, False]
+    assert table.newest(PEERS[1], [HOME], wall_s=0.0) is None
+    assert [record.peer for record in table.gone()] == [PEERS[1]]
+
+    assert table.add(announced(1, 6))
+    assert table.version(key) == alive_version(6)
+    assert table.announcement_count == 1
+
+
+def test_nothing_takes_the_place_of_a_revocation() -> None:
+    table = RecordTable()
+
+    taken = add_all(table, announced(1, 5), revoked(1), announced(1, 2**53 - 1), stated(1, 9))
+
+    assert taken == [True, True, False, False]
 
 
 def test_a_member_of_two_networks_has_a_record_in_each_and_the_newest_counts() -> None:
     table = RecordTable()
-    add(table, announced(1, 5, HOME))
-    add(table, announced(1, 6, WORK))
-    add(table, announced(2, 1, WORK))
+    add_all(table, announced(1, 5, HOME), announced(1, 6, WORK))
 
-    assert [record.seq for record in table.of_networks({HOME})] == [5]
-    assert {record.key for record in table.of_networks({WORK})} == {
-        (PEERS[1], WORK),
-        (PEERS[2], WORK),
-    }
-    newest = table.newest(PEERS[1])
-    assert newest is not None
-    assert newest.seq == 6
+    both = table.newest(PEERS[1], [HOME, WORK], wall_s=0.0)
+    home = table.newest(PEERS[1], [HOME], wall_s=0.0)
+
+    assert both is not None
+    assert home is not None
+    assert (both.seq, home.seq) == (6, 5)
 
 
 def test_a_record_is_over_an_hour_after_it_was_signed_not_after_it_was_heard() -> None:
     table = RecordTable()
-    table.add(announced(1, 1), age_s=3000.0, now_s=NowSeconds(0.0))
-    add(table, announced(2, 1))
+    add_all(table, announced(1, 1), announced(2, 1, wall_s=3000))
 
-    table.expire(now_s=NowSeconds(600.0))
+    assert table.newest(PEERS[1], [HOME], wall_s=ANNOUNCEMENT_TTL_S) is None
+    (over,) = table.sweep(wall_s=ANNOUNCEMENT_TTL_S)
 
-    assert table.peers() == [PEERS[2]]
-    assert len(table) == 1
+    assert over.peer == PEERS[1]
+    assert [record.peer for record in table.announced()] == [PEERS[2]]
+
+
+def test_a_sweep_looks_at_all_records_once_in_a_while_only() -> None:
+    table = RecordTable()
+    add_all(table, announced(1, 1), announced(2, 1, wall_s=10))
+
+    first = table.sweep(wall_s=ANNOUNCEMENT_TTL_S)
+    soon = table.sweep(wall_s=ANNOUNCEMENT_TTL_S + 11)
+    later = table.sweep(wall_s=ANNOUNCEMENT_TTL_S + SWEEP_INTERVAL_S)
+
+    assert [len(first), len(soon), len(later)] == [1, 0, 1]
+
+
+def test_the_summary_is_that_of_the_records_there_are() -> None:
+    """Method: one table was told everything at once, the other in steps and of more networks."""
+    one, other = RecordTable(), RecordTable()
+    add_all(one, announced(1, 6), stated(2, 3))
+    add_all(other, announced(1, 5), announced(2, 3), announced(0, 1), announced(1, 1, WORK))
+    add_all(other, announced(1, 6), stated(2, 3))
+
+    assert one.summary(HOME).root != other.summary(HOME).root
+    gone = other.get(record_key(HOME, PEERS[0]))
+    assert gone is not None
+    other.remove(gone)
+    assert one.summary(HOME).root == other.summary(HOME).root
+    assert one.entries(HOME, [""]) == other.entries(HOME, [""])
+
+
+def test_entries_are_found_by_their_prefix() -> None:
+    table = RecordTable()
+    add_all(table, *(announced(peer, 1) for peer in range(3)), announced(0, 1, WORK))
+    key = record_key(HOME, PEERS[0])
+
+    found = table.entries(HOME, [key.hex()[:2], "zz"])
+
+    assert (key, alive_version(1)) in found[key.hex()[:2]]
+    assert found["zz"] == []
+
+
+def test_leaving_a_network_forgets_its_records() -> None:
+    table = RecordTable()
+    add_all(table, announced(1, 5, HOME), announced(1, 6, WORK))
+
+    table.drop_networks([WORK])
+
+    assert [record.network_id for record in table.announced()] == [WORK]
 
 
 def test_a_full_table_takes_news_of_those_in_it_and_no_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(records, "RECORDS_MAX", 2)
+    monkeypatch.setattr(records, "TOMBSTONES_MAX", 1)
     assert RECORDS_MAX > 2
     table = RecordTable()
 
-    taken = [add(table, announced(peer, seq)) for peer, seq in ((0, 1), (1, 1), (2, 1), (0, 2))]
-
-    assert taken == [True, True, False, True]
+    taken = add_all(table, *(announced(peer, seq) for peer, seq in ((0, 1), (1, 1), (2, 1))))
+    assert taken == [True, True, False]
+    assert add_all(table, announced(0, 2), stated(0, 2), stated(1, 1)) == [True, True, False]

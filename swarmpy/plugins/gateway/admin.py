@@ -18,7 +18,7 @@ from fastapi import FastAPI, Response
 from swarmpy.abc import Progress
 from swarmpy.config import INVITE_TTL_S
 from swarmpy.errors import SwarmError
-from swarmpy.plugins.gateway.bodies import CodeRequest, InviteRequest, ModelRequest
+from swarmpy.plugins.gateway.bodies import CodeRequest, InviteRequest, ModelRequest, PeerRequest
 from swarmpy.plugins.gateway.errors import INTERNAL, SHUTTING_DOWN, Refusal, refusal_of
 from swarmpy.plugins.gateway.guard import (
     ClientGone,
@@ -100,6 +100,10 @@ def _add_membership(app: FastAPI, node: Node) -> None:
     @app.post("/admin/join")
     async def join(body: CodeRequest) -> Response:
         return json_response(await node.join(body.code))
+
+    @app.post("/admin/revoke")
+    async def revoke(body: PeerRequest) -> Response:
+        return json_response(node.revoke(body.peer))
 
 
 class TaskResponse(Response):

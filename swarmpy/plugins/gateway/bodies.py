@@ -195,6 +195,12 @@ class CodeRequest(_Body):
     code: str = Field(min_length=1, max_length=8192)
 
 
+class PeerRequest(_Body):
+    """The body of `POST /admin/revoke`."""
+
+    peer: str = Field(min_length=1, max_length=256)
+
+
 class ProofRequest(_Body):
     """The body of `POST /proof`."""
 

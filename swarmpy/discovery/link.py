@@ -1,0 +1,267 @@
+"""One neighbour: what it is to be sent, and the task that sends it on a stream of its own.
+
+What waits is kept by record, not by message, so that a slow neighbour gets the newest of each and
+costs no more than the table. Spec: protocols/announce.md, section 2.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Collection
+
+import trio
+
+from swarmpy.abc import Connection, Host, ProtocolId
+from swarmpy.discovery.records import Record
+from swarmpy.discovery.trust import Trust
+from swarmpy.errors import NetworkError, RemoteProtocolError
+from swarmpy.identity import PeerId
+from swarmpy.net.messages import MessageStream
+from swarmpy.proto import announce as proto
+from swarmpy.proto.announce import (
+    ENTRIES_PER_MESSAGE_MAX,
+    RECORDS_BYTES_MAX,
+    RECORDS_PER_MESSAGE_MAX,
+    Have,
+    Leave,
+    Message,
+    Records,
+    SignedAnnouncement,
+    Want,
+)
+from swarmpy.proto.revocation import SignedRevocation
+from swarmpy.proto.summary import pack_entries
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL = ProtocolId(proto.PROTOCOL)
+
+COALESCE_S = 0.02
+PUSH_SPACING_S = 0.2
+"""Records this close together go out as one message: the first ones at once, in a storm (many nodes
+start, a network heals) those of a fifth of a second."""
+
+REOPEN_PAUSE_S = 0.5
+REOPEN_PAUSE_S_MAX = 60.0
+"""Before a broken stream to a member that is still connected is opened anew; doubles."""
+
+CONTROLS_MAX = 256
+"""Questions and answers waiting for one neighbour; beyond it the oldest are forgotten."""
+
+LEAVE_GRACE_S = 1.0
+"""From the last word on a connection that is given up to its end."""
+
+
+class Link:
+    """The sending side towards one connected member.
+
+    Attributes:
+        is_eager: Whether records are pushed to it, or only told of.
+        since_s: When the member connected.
+        has_parted: Whether either side gave the connection up on purpose.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        peer: PeerId,
+        *,
+        trust: Trust,
+        record_of: Callable[[bytes], Record | None],
+        on_broken: Callable[[Link], None],
+    ) -> None:
+        """Prepare to send.
+
+        Args:
+            record_of: The record of a key, as it is when it is sent.
+            on_broken: Called when a stream broke: what was sent last may not have arrived.
+        """
+        self.peer = peer
+        self.is_eager = True
+        self.since_s = trio.current_time()
+        self.has_parted = False
+        self.scope = trio.CancelScope()
+        self._host = host
+        self._trust = trust
+        self._record_of = record_of
+        self._on_broken = on_broken
+        self._pushes: dict[bytes, None] = {}
+        self._answers: dict[bytes, None] = {}
+        self._haves: dict[bytes, int] = {}
+        self._controls: deque[Message] = deque(maxlen=CONTROLS_MAX)
+        self._wake = trio.Event()
+        self._connection: Connection | None = None
+        self._is_sending = False
+        self._is_superseded = False
+        self._push_at_s = self._pushed_s = -math.inf
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether nothing waits to be sent."""
+        return not (self._controls or self._answers or self._pushes or self._haves)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits, and all that was sent was taken by the connection."""
+        return self.is_drained and not self._is_sending
+
+    @property
+    def answers(self) -> Collection[bytes]:
+        """Keys of the records that were asked for and are not sent yet."""
+        return self._answers
+
+    @property
+    def connection(self) -> Connection | None:
+        """The connection to use now, None if the peer is not connected."""
+        return self._host.connection_to(self.peer)
+
+    # What is to be sent ---------------------------------------------------------------
+
+    def push(self, key: bytes) -> None:
+        """Send a record; what is newer of it by then."""
+        if not self._pushes:
+            now_s = trio.current_time()
+            self._push_at_s = max(now_s + COALESCE_S, self._pushed_s + PUSH_SPACING_S)
+            self._wake.set()
+        self._pushes[key] = None
+
+    def answer(self, key: bytes) -> None:
+        """Send a record that was asked for."""
+        self._answers[key] = None
+        self._wake.set()
+
+    def tell(self, key: bytes, version: int) -> None:
+        """Say that this node has a record."""
+        self._haves[key] = version
+        self._wake.set()
+
+    def heard(self, key: bytes) -> None:
+        """The neighbour has a record: it need not be sent or told of."""
+        self._pushes.pop(key, None)
+        self._haves.pop(key, None)
+
+    def say(self, message: Message) -> None:
+        """Send any other message."""
+        self._controls.append(message)
+        self._wake.set()
+
+    def want(self, keys: list[bytes], *, is_graft: bool = False) -> None:
+        """Ask for records."""
+        for start in range(0, len(keys), ENTRIES_PER_MESSAGE_MAX):
+            asked = b"".join(keys[start : start + ENTRIES_PER_MESSAGE_MAX])
+            self.say(Want(keys=asked, is_graft=is_graft))
+
+    def part(self) -> None:
+        """Give the connection up, once what waits is sent."""
+        if not self.has_parted:
+            self.has_parted = True
+            self.say(Leave())
+
+    def check(self, best: Connection | None) -> None:
+        """Move to another stream where another connection is the better one now."""
+        if self._connection is not None and self._connection is not best:
+            self._is_superseded = True
+            self._wake.set()
+
+    # Sending --------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Send what is to be sent, until the peer is no member or `scope` is cancelled."""
+        pause_s = REOPEN_PAUSE_S
+        with self.scope:
+            while self._trust.is_member(self.peer):
+                try:
+                    await self._send_on_stream()
+                    pause_s = REOPEN_PAUSE_S
+                except (NetworkError, RemoteProtocolError) as error:
+                    logger.debug("announce.broken", extra={"peer": self.peer, "error": str(error)})
+                    await trio.sleep(pause_s)
+                    pause_s = min(pause_s * 2, REOPEN_PAUSE_S_MAX)
+                    self._on_broken(self)
+
+    async def _send_on_stream(self) -> None:
+        """Send until the peer is no member, or another connection to it is the better one."""
+        await self._wait_work()
+        stream = await self._host.open_stream(self.peer, [PROTOCOL])
+        self._connection = stream.connection
+        self._is_superseded = False
+        messages = MessageStream(stream)
+        try:
+            while self._trust.is_member(self.peer) and self.connection is stream.connection:
+                while (message := self._next()) is not None:
+                    self._is_sending = True
+                    await messages.send(message)
+                    self._is_sending = False
+                    if isinstance(message, Leave):
+                        await trio.sleep(LEAVE_GRACE_S)
+                        stream.connection.close()
+                        return
+                await self._wait_work()
+            await messages.close_write()
+        except BaseException:
+            stream.reset()
+            raise
+        finally:
+            self._connection = None
+            self._is_sending = False
+
+    async def _wait_work(self) -> None:
+        while not self._has_work():
+            self._wake = trio.Event()
+            with trio.move_on_at(self._push_at_s if self._pushes else math.inf):
+                await self._wake.wait()
+
+    def _has_work(self) -> bool:
+        is_urgent = bool(self._controls or self._answers or self._haves or self._is_superseded)
+        return is_urgent or self._may_push()
+
+    def _may_push(self) -> bool:
+        return bool(self._pushes) and trio.current_time() >= self._push_at_s
+
+    def _next(self) -> Message | None:
+        if self._controls:
+            return self._controls.popleft()
+        if self._answers and (records := self._take_records(self._answers, is_answer=True)):
+            return records
+        if self._may_push() and (records := self._take_records(self._pushes, is_answer=False)):
+            self._pushed_s = trio.current_time()
+            return records
+        if self._haves:
+            told = list(self._haves.items())[:ENTRIES_PER_MESSAGE_MAX]
+            for key, _ in told:
+                del self._haves[key]
+            return Have(entries=pack_entries(told))
+        return None
+
+    def _take_records(self, keys: dict[bytes, None], *, is_answer: bool) -> Records | None:
+        """Take records from the front of `keys`, as many as fit one message."""
+        networks = self._trust.shared_networks(self.peer)
+        taken: tuple[list[bytes], list[bytes], list[bytes]] = ([], [], [])
+        size = count = 0
+        while keys and count < RECORDS_PER_MESSAGE_MAX:
+            key = next(iter(keys))
+            record = self._record_of(key)
+            if record is not None and record.network_id in networks:
+                size += len(record.envelope)
+                if size > RECORDS_BYTES_MAX:
+                    break
+                taken[_kind(record)].append(record.envelope)
+                count += 1
+            del keys[key]
+        if not count:
+            return None
+        announcements, statements, revocations = map(tuple, taken)
+        return Records(
+            announcements=announcements,
+            statements=statements,
+            revocations=revocations,
+            is_answer=is_answer,
+        )
+
+
+def _kind(record: Record) -> int:
+    if isinstance(record, SignedAnnouncement):
+        return 0
+    return 2 if isinstance(record, SignedRevocation) else 1
