@@ -10,15 +10,16 @@ from pathlib import Path
 
 import trio
 
-from swarmpy.abc import Address, DiscoverySource, Network, WallSeconds
+from swarmpy.abc import Address, DiscoverySource, Host, Network, WallSeconds
 from swarmpy.config import NetworkConfig
 from swarmpy.discovery.cache import PeerCache
 from swarmpy.discovery.service import Discovery, PeerView
-from swarmpy.discovery.trust import Trust
 from swarmpy.environment import Environment
 from swarmpy.identity import Identity, PeerId
 from swarmpy.net.host import NativeHost
-from swarmpy.testing.network import SimNetwork
+from swarmpy.node_members import introduce, trust_of
+from swarmpy.testing.host import SimHost
+from swarmpy.testing.network import SimMachine, SimNetwork
 from swarmpy.trust.membership import Membership
 
 WALL_START_S = 1_700_000_000.0
@@ -45,7 +46,7 @@ class SmallNode:
 
     name: str
     environment: Environment
-    host: NativeHost
+    host: Host
     membership: Membership
     discovery: Discovery | None
     stop: Callable[[], None]
@@ -68,20 +69,32 @@ async def small_node(
     listen: str = "/ip4/0.0.0.0/tcp/4001",
     clock: Callable[[], WallSeconds] = wall_time,
     with_discovery: bool = False,
-    sources: Callable[[NativeHost, Environment], Sequence[DiscoverySource]] = lambda *_: (),
+    sources: Callable[[Host, Environment], Sequence[DiscoverySource]] = lambda *_: (),
     config: NetworkConfig | None = None,
+    with_sim_host: bool = False,
+    chance: random.Random | None = None,
 ) -> AsyncIterator[SmallNode]:
-    """Run a node. Its identity comes of its name; its networks and cache are those of `folder`."""
+    """Run a node. Its identity comes of its name; its networks and cache are those of `folder`.
+
+    Args:
+        with_sim_host: Run on a `SimHost`, for large swarms, in place of a native host.
+        chance: The node's randomness; a simulation gives a seeded one.
+    """
     environment = Environment(
         network=network,
         folder=folder,
         cache_folder=folder / "models",
-        random=random.Random(),
+        random=chance or random.Random(),
         wall_time=clock,
         mdns=False,
     )
     identity = Identity.generate(random.Random(name))
-    host = NativeHost(identity, network, random=environment.random, wall_time=clock)
+    host: Host
+    if with_sim_host:
+        assert isinstance(network, SimMachine)
+        host = SimHost(identity, network)
+    else:
+        host = NativeHost(identity, network, random=environment.random, wall_time=clock)
     membership = Membership(
         identity=identity, name=name, folder=folder, environment=environment, host=host
     )
@@ -94,18 +107,11 @@ async def small_node(
             identity=identity,
             name=name,
             config=config or NetworkConfig(),
-            trust=Trust(
-                is_member=membership.is_member,
-                confirm=membership.confirm,
-                shared_networks=membership.shared_networks,
-                own_memberships=membership.own_memberships,
-            ),
+            trust=trust_of(membership),
             sources=(cache, *sources(host, environment)),
             cache=cache,
         )
-        membership.on_member(discovery.member_joined)
-        membership.on_lost(discovery.member_lost)
-        membership.on_network(discovery.networks_changed)
+        introduce(membership, discovery)
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(host.run)
@@ -134,7 +140,7 @@ async def until(condition: Callable[[], bool], *, within_s: float = 5.0) -> None
             await trio.sleep(0.01)
 
 
-def machine(world: SimNetwork, number: int) -> Network:
+def machine(world: SimNetwork, number: int) -> SimMachine:
     """Return the network as machine `number` of a simulated LAN sees it."""
     return world.network(f"10.0.0.{number}")
 

@@ -8,11 +8,22 @@ from __future__ import annotations
 import importlib
 
 _EXPORTS = {
+    "Checker": "swarmpy.testing.checkers",
     "EchoEngine": "swarmpy.testing.engine",
-    "Link": "swarmpy.testing.network",
+    "Faults": "swarmpy.testing.faults",
+    "InvariantBroken": "swarmpy.testing.simulation",
+    "LivenessFailed": "swarmpy.testing.simulation",
+    "MachineDown": "swarmpy.testing.nodes",
+    "Link": "swarmpy.testing.paths",
+    "SimHost": "swarmpy.testing.host",
+    "SimMachine": "swarmpy.testing.network",
     "SimNetwork": "swarmpy.testing.network",
+    "SimNode": "swarmpy.testing.nodes",
+    "Traffic": "swarmpy.testing.network",
     "Simulation": "swarmpy.testing.simulation",
     "run_simulation": "swarmpy.testing.simulation",
+    "simulate": "swarmpy.testing.runner",
+    "views_agree": "swarmpy.testing.checkers",
 }
 
 

@@ -7,10 +7,10 @@ and is the same however the layers are cut: `reply` says what must come out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import msgspec
 
@@ -201,8 +201,13 @@ class EchoShard(Shard):
     def step(self, rows: Sequence[Row]) -> Sequence[Output]:
         return [self._run(row) for row in rows]
 
+    on_rewind: ClassVar[Callable[[str], None] | None] = None
+    """Told of rows computed again where nobody had cut the slot back; a simulation sets it."""
+
     def _run(self, row: Row) -> Output:
         states = self._slots[row.slot].states
+        if row.position < len(states) and EchoShard.on_rewind is not None:
+            EchoShard.on_rewind(f"row at {row.position} of a slot that ends at {len(states)}")
         if row.position > len(states):
             return Output(
                 slot=row.slot, error=f"row at {row.position}, the slot ends at {len(states)}"
