@@ -42,6 +42,9 @@ from swarmpy.proto.yamux import (
     Yamux,
 )
 
+BATCH_FRAMES = 2
+"""Data frames a `send`: the other end opens the first while the next are encrypted."""
+
 BACKLOG_BYTES_MAX = 1024 * 1024
 """Ciphertext the kernel refused: one turn, and control frames of 128 streams many times over.
 Only a peer that asks and asks and never reads gets there."""
@@ -271,6 +274,9 @@ class NativeConnection(Connection):
             return
         frames: list[bytes | memoryview] = [head, data[:FRAME_DATA_BYTES_MAX]]
         for start in range(FRAME_DATA_BYTES_MAX, total, FRAME_DATA_BYTES_MAX):
+            if len(frames) >= 2 * BATCH_FRAMES and total - start >= FRAME_DATA_BYTES_MAX:
+                self._seal_and_send(*frames)
+                frames.clear()
             frame = data[start : start + FRAME_DATA_BYTES_MAX]
             frames += (self._yamux.data_header(stream_id, len(frame)), frame)
         self._seal_and_send(*frames)

@@ -86,6 +86,9 @@ LOAD_WAIT_S = 300.0
 """From an accepted offer to `Load`: the slowest peer's answer. Bounds what a coordinator that asks
 and then says nothing can keep reserved."""
 
+FIRST_TIMEOUT_S = 10.0
+"""From an opened stream to its first message, which its opener sends at once."""
+
 LEASE_CHECK_S = SESSION_LEASE_S / 6
 """How often leases are looked at."""
 
@@ -250,7 +253,11 @@ class StageService:
     async def _serve(self, stream: Stream) -> None:
         """Serve one inbound stream by its first message."""
         messages = MessageStream(stream)
-        first: First = await messages.receive(First)  # type: ignore[arg-type]
+        try:
+            with trio.fail_after(FIRST_TIMEOUT_S):
+                first: First = await messages.receive(First)  # type: ignore[arg-type]
+        except trio.TooSlowError:
+            raise RemoteProtocolError("no first message in time", peer=stream.peer) from None
         match first:
             case Describe():
                 await messages.send(await self._describe(first))
