@@ -96,6 +96,7 @@ class CatchUp:
         if found is None:
             return
         link, network_id = found
+        link.has_compared = True
         self._sweep()
         summary = self._spreading.table.summary(network_id)
         if summary.root == message.root:

@@ -12,6 +12,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TypedDict, Unpack, cast
 
 import trio
@@ -81,6 +82,10 @@ ALONE_S = 10.0
 EAGER_MIN = 3
 """Neighbours that records are pushed to from the start; to more of them every record would go many
 times before the tree is found. Who lacks something asks for it, and is pushed to from then on."""
+
+FIRST_ROOT_S = 0.5
+"""Whoever dialled compares first. What it sent before this node took it for a member was refused,
+unnoticed over there: then this node begins."""
 
 FAREWELL_S = 0.5
 """Time for the farewell to leave; the network finds out without it, a little later."""
@@ -299,8 +304,14 @@ class Gossip:
         connection = self._host.connection_to(peer)
         if connection is not None and connection.direction == "outbound":
             self._catchup.soon(link)
+        else:
+            self._agenda.after(FIRST_ROOT_S, partial(self._compare_unless_done, link))
         self.liveness.reached(peer)
         return link
+
+    def _compare_unless_done(self, link: Link) -> None:
+        if self.links.get(link.peer) is link and not link.has_compared:
+            self._catchup.soon(link)
 
     def link_down(self, peer: PeerId) -> Link | None:
         """A member is not connected any more; return the link that it had."""

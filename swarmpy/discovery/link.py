@@ -82,6 +82,8 @@ class Link:
         self.is_eager = True
         self.since_s = trio.current_time()
         self.has_parted = False
+        self.has_compared = False
+        """Whether the neighbour has told its root since it connected."""
         self.scope = trio.CancelScope()
         self._host = host
         self._trust = trust
