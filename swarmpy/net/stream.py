@@ -70,6 +70,7 @@ class NativeStream(Stream):
         self._error: str | None = None  # why it was reset
         self._proposal = b""  # lazy negotiation: goes out with the first bytes
         self._dialer: Dialer | None = None  # lazy negotiation: checks the first bytes received
+        self._refusal: RemoteProtocolError | None = None  # its end, where nobody received
 
     def __repr__(self) -> str:
         return f"<stream {self.stream_id} {self.protocol} to {self.peer}>"
@@ -125,7 +126,8 @@ class NativeStream(Stream):
         self._raise_if_broken()
         self._propose_now()
         self._is_write_closed = True
-        self.connection.close_write(self.stream_id)
+        if self._dialer is None:
+            self.connection.close_write(self.stream_id)
         await trio.lowlevel.checkpoint()
 
     def reset(self) -> None:
@@ -165,6 +167,8 @@ class NativeStream(Stream):
                 pieces.append(bytearray(data))
         else:
             pieces.append(data)
+        if self._is_write_closed and self._dialer is not None:
+            self._agree()
         self._wake_reader()
 
     def end(self) -> None:
@@ -255,6 +259,19 @@ class NativeStream(Stream):
         if self._dialer.selected is not None:
             rest, self._dialer = self._dialer.rest, None
             self.push_back(rest)
+            if self._is_write_closed:
+                self.connection.close_write(self.stream_id)
+
+    def _agree(self) -> None:
+        """Read the peer's answer although nobody receives: the end of this side waits for it.
+
+        js-libp2p resets a stream whose end comes while it still negotiates.
+        """
+        try:
+            while self._dialer is not None and self._pieces:
+                self._check_answer()
+        except RemoteProtocolError as error:
+            self._refusal = error
 
     def _refused(self, message: str) -> RemoteProtocolError:
         self.reset()
@@ -274,6 +291,8 @@ class NativeStream(Stream):
         self.connection_closed()
 
     def _raise_if_reset(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal
         if self._error is not None:
             raise StreamReset(f"stream {self.protocol} to {self.peer} is over: {self._error}")
 
@@ -286,7 +305,9 @@ class NativeStream(Stream):
             raise LocalProtocolError("two tasks receive from one stream")
         connection = self.connection
         connection.flush()
-        if connection.may_lead:
+        if not connection.is_alive:  # that was the moment at which its end showed
+            await trio.lowlevel.checkpoint()
+        elif connection.may_lead:
             self._is_leading = True
             try:
                 await connection.lead(self)
