@@ -62,6 +62,10 @@ logger = logging.getLogger(__name__)
 MEMORY_SHARE = 0.75
 """Part of the available memory a node offers where no budget is set: the rest stays its owner's."""
 
+CAPACITIES_MAX = 64
+"""Members looked at for one plan: a ring has as many stages at most. Connected ones come first, then
+those with the most memory."""
+
 PORTS_FILE = "ports.json"
 """Ports of the last run: a restarted node is found at once where it was."""
 
@@ -121,7 +125,7 @@ class Node:
             memory_bytes_max=memory_bytes if self.engine else 0,
             find_model=self._model_path,
             verify_model=self._verified_path,
-            connect=self._connect,
+            connect=lambda peer: self.discovery.connect(peer),
             on_change=self._announce_holdings,
         )
         self.assembler = Assembler(
@@ -376,8 +380,12 @@ class Node:
         return node_members.revoke(self, peer)
 
     async def wait_members(self, count: int) -> None:
-        """Wait until `count` other members are connected and have said what they offer."""
-        while len(self.connected_announcements()) < count:
+        """Wait until `count` other members have said what they offer and can be reached.
+
+        In a network of more than nine nodes not all of them are connected; `host.dial` and replies
+        connect to the others when they need them.
+        """
+        while len(self.discovery.reachable()) < count:
             await self._members_changed.wait()
 
     def _tell_members_changed(self, _: object) -> None:
@@ -447,24 +455,19 @@ class Node:
         """The engine's name, "" on a node that only routes."""
         return self.engine.engine_name if self.engine else ""
 
-    def connected_announcements(self) -> list[Announcement]:
-        """Return what the members that are connected now announce, in PeerId order."""
-        found = map(self.discovery.announcement, self.membership.members())
-        return [announcement for announcement in found if announcement is not None]
-
     # What the services ask each other -----------------------------------------------
-
-    async def _connect(self, peer: PeerId) -> object:
-        """Connect to a member known only by its announcement, and prove membership."""
-        return await self.discovery.connect(peer)
 
     def _capacities(self, model_id: str) -> list[Capacity]:
         """What each member that may take part offers for a model, this node included."""
         capacities = [self._own_capacity(model_id)] if self.engine else []
-        for announcement in self.connected_announcements():
-            if announcement.engine:
-                capacities.append(self._capacity(announcement, model_id))
+        offering = [item for item in self.discovery.reachable() if item.engine]
+        if len(offering) > CAPACITIES_MAX:
+            offering.sort(key=lambda item: (not self._is_connected(item), -item.memory_bytes_max))
+        capacities += [self._capacity(item, model_id) for item in offering[:CAPACITIES_MAX]]
         return capacities
+
+    def _is_connected(self, announcement: Announcement) -> bool:
+        return self.host.connection_to(PeerId(announcement.peer)) is not None
 
     def _own_capacity(self, model_id: str) -> Capacity:
         return Capacity(

@@ -18,7 +18,7 @@ AGENT = f"swarmpy/{VERSION}"
 
 
 def model_statuses(node: Node) -> list[ModelStatus]:
-    """Return the models that this machine has or that connected members announce, by name."""
+    """Return the models that this machine has or that members announce, by name."""
     ready = {view.model_id for view in node.pipelines()}
     found = {
         entry.model_id: model_status(
@@ -26,7 +26,7 @@ def model_statuses(node: Node) -> list[ModelStatus]:
         )
         for entry in node.catalog.list()
     }
-    for announcement in node.connected_announcements():
+    for announcement in node.discovery.reachable():
         for model in announcement.models:
             if model.model_id not in found:
                 found[model.model_id] = ModelStatus(
@@ -68,7 +68,7 @@ def model_status(
 def _holders(node: Node, model_id: str) -> tuple[str, ...]:
     return tuple(
         announcement.name
-        for announcement in node.connected_announcements()
+        for announcement in node.discovery.reachable()
         if any(model.model_id == model_id for model in announcement.models)
     )
 

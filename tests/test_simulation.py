@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import trio
 
+from swarmpy.config import Config
 from swarmpy.node import Node
 from swarmpy.proto.pipeline import Sampling
+from swarmpy.testing import simulate, views_agree
 from swarmpy.testing.engine import reply
 from swarmpy.testing.network import Link
 from swarmpy.testing.simulation import Run, Simulation, run_simulation
-from tests.swarms import MODEL, config, join_all, wait_no_sessions
+from tests.swarms import MODEL, WHOLE_BYTES, config, join_all, wait_no_sessions
 
 LINK = Link(latency_s=0.01, bytes_per_s=12_500_000)
 """A home network's worst case: 20 ms round trip, 100 Mbit/s."""
@@ -101,3 +104,18 @@ def test_same_seed_gives_the_same_trace_and_another_seed_another() -> None:
     assert first.trace.digest == again.trace.digest
     assert first.result == again.result
     assert first.trace.digest != other.trace.digest
+
+
+def only_the_first_has_memory(index: int, settings: Config) -> Config:
+    memory_bytes = WHOLE_BYTES if index == 0 else 1_000_000
+    return replace(settings, engine=replace(settings.engine, memory_bytes_max=memory_bytes))
+
+
+@simulate(nodes=60, seeds=2, change=only_the_first_has_memory)
+async def test_a_member_that_is_no_neighbour_computes_too(sim: Simulation) -> None:
+    """Method: one node of sixty can hold the model; who asks it is not connected to it."""
+    await sim.until(lambda: views_agree(sim), within_s=60, what="all know each other")
+    able = sim.nodes[0]
+    asking = next(node for node in sim.nodes[1:] if node.node.host.connection_to(able.peer) is None)
+    with sim.within(30, "a reply"):
+        assert len(await sim.reply(asking, PROMPT, 10)) == 10

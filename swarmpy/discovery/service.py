@@ -126,6 +126,15 @@ class Discovery:
         """Return the newest announcement of each other member, connected or not."""
         return self._gossip.announcements()
 
+    def reachable(self) -> list[Announcement]:
+        """Return the announcement of each member that is connected or can be, in PeerId order."""
+        lost = {entry.peer for entry in self._book if entry.is_lost}
+        return [
+            announcement
+            for announcement in self._gossip.announcements()
+            if announcement.peer not in lost or self._trust.is_member(PeerId(announcement.peer))
+        ]
+
     def memberships(self, peer: PeerId) -> list[Membership]:
         """Return what a member announces of its memberships of this node's networks."""
         return self._gossip.memberships(peer)

@@ -147,7 +147,7 @@ class Assembler:
         pipeline = self.ready(model_id)
         if pipeline is not None:
             return pipeline.plan
-        return self._plan(await self._inspect(model_id), self._connected(model_id), None)
+        return self._plan(await self._inspect(model_id), self._capacities(model_id), None)
 
     async def _assemble(
         self,
@@ -158,7 +158,7 @@ class Assembler:
         if inspection is None:
             progress(Progress(step="inspecting the model", done=0, total=0, unit=""))
             inspection = await self._inspect(model_id)
-        capacities = self._connected(model_id)
+        capacities = self._capacities(model_id)
         before: SwarmError | None = None
         gives_up_at = trio.current_time() + BUSY_WAIT_S
         attempt = 1
@@ -177,26 +177,18 @@ class Assembler:
             if attempted.is_busy and trio.current_time() < gives_up_at:
                 progress(Progress(step="waiting for another assembly", done=0, total=0, unit=""))
                 await self._pause()
-                capacities = self._connected(model_id)
+                capacities = self._capacities(model_id)
                 continue
             before = attempted.failure()
             if attempt == PLANS_MAX:
                 raise before
             attempt += 1
-            capacities = _without(self._connected(model_id), attempted)
+            capacities = _without(self._capacities(model_id), attempted)
 
     async def _pause(self) -> None:
         """Wait for a random while, or coordinators that refused each other would meet again."""
         share = int.from_bytes(self._random.randbytes(2), "big") / 0xFFFF
         await trio.sleep(BUSY_PAUSE_S * (0.5 + share))
-
-    def _connected(self, model_id: str) -> list[Capacity]:
-        """What this node and the peers it is connected to offer."""
-        return [
-            capacity
-            for capacity in self._capacities(model_id)
-            if capacity.peer == self._service.peer or self._host.connection_to(capacity.peer)
-        ]
 
     def _plan(
         self, inspection: Inspection, capacities: Sequence[Capacity], before: SwarmError | None
@@ -221,7 +213,7 @@ class Assembler:
         except ModelNotFound as error:
             missing = error
         for capacity in self._capacities(model_id):
-            if capacity.holds_model and self._host.connection_to(capacity.peer) is not None:
+            if capacity.holds_model and capacity.peer != self._service.peer:
                 try:
                     return await self._ask(capacity.peer, model_id)
                 except (NetworkError, ProtocolError, ModelError):

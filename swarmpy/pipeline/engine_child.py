@@ -36,7 +36,7 @@ from swarmpy.errors import (
 from swarmpy.extensions import engine_class
 from swarmpy.pipeline.finite import is_finite
 from swarmpy.proto import engine as messages
-from swarmpy.proto.tensor import Tensor, TensorSpec, check_hidden
+from swarmpy.proto.tensor import Tensor, TensorSpec, check_hidden, split
 
 if TYPE_CHECKING:
     import numpy as np
@@ -238,7 +238,7 @@ class Worker:
         self, request: messages.Step, payload: memoryview
     ) -> tuple[list[Row], list[Output | None]]:
         """Return the rows that may be computed, and by row an error or None for those."""
-        tensors = iter(messages.split_tensors(request.tensors, payload))
+        tensors = iter(split(request.tensors, payload))
         rows: list[Row] = []
         outputs: list[Output | None] = []
         for header in request.rows:
@@ -289,7 +289,7 @@ class Worker:
                 self._export(request, shard)
                 return
             case messages.Import():
-                tensors = messages.split_tensors(request.tensors, payload)
+                tensors = split(request.tensors, payload)
                 if len(tensors) != len(request.names):
                     raise RowError(f"{len(request.names)} names for {len(tensors)} tensors")
                 state = dict(zip(request.names, tensors, strict=True))

@@ -30,7 +30,7 @@ from swarmpy.errors import (
 from swarmpy.pipeline.engine_process import EngineProcess
 from swarmpy.pipeline.finite import is_finite
 from swarmpy.proto import engine as messages
-from swarmpy.proto.tensor import Tensor, TensorSpec, check_hidden
+from swarmpy.proto.tensor import Tensor, TensorSpec, check_hidden, split
 
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -148,7 +148,7 @@ class ChildShard:
     ) -> list[Output]:
         if len(reply.outputs) != len(rows):
             raise BadMessage(f"{len(reply.outputs)} outputs for {len(rows)} rows")
-        tensors = iter(messages.split_tensors(reply.tensors, payload))
+        tensors = iter(split(reply.tensors, payload))
         return [
             self._output(row, header, tensors)
             for row, header in zip(rows, reply.outputs, strict=True)
@@ -195,7 +195,7 @@ class ChildShard:
         request = messages.Export(id=self._process.next_id(), slot=slot, start=start, end=end)
         reply, payload = await self._ask(request, messages.Exported)
         try:
-            tensors = messages.split_tensors(reply.tensors, payload)
+            tensors = split(reply.tensors, payload)
             return dict(zip(reply.names, tensors, strict=True))
         except (BadMessage, FrameTooLarge, ValueError) as error:
             raise await _breach(self._process, str(error)) from error

@@ -141,10 +141,10 @@ class StageService:
         Raises:
             NetworkError, ProtocolError: It cannot be reached, or is no member.
         """
-        if self._host.connection_to(peer) is None:
-            if self._connect is None:
-                raise ConnectionLost(f"{peer} is not connected")
+        if self._connect is not None:
             await self._connect(peer)
+        elif self._host.connection_to(peer) is None:
+            raise ConnectionLost(f"{peer} is not connected")
 
     # For the node ---------------------------------------------------------------
 

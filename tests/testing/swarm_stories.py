@@ -50,7 +50,7 @@ async def all_agree(sim: Simulation) -> None:
 
 def knows_models(node: SimNode) -> bool:
     """Whether a node knows that everybody it is connected to has a model."""
-    return all(item.models for item in node.node.connected_announcements())
+    return all(item.models for item in node.node.discovery.reachable())
 
 
 async def ask_throughout_and_heal(sim: Simulation) -> None:
