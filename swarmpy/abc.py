@@ -80,7 +80,11 @@ class ByteStream(ABC):
 
     @abstractmethod
     async def wait_readable(self) -> None:
-        """Wait until `receive_into_nowait` will not return None."""
+        """Wait until `receive_into_nowait` will not return None, or for `wake_reader`."""
+
+    @abstractmethod
+    def wake_reader(self) -> None:
+        """Let who is in `wait_readable` wait no longer, though nothing came."""
 
     @abstractmethod
     def close(self) -> None:

@@ -97,6 +97,9 @@ class CarriedStream(ByteStream):
         except (NetworkError, RemoteProtocolError) as error:
             self._break(error)
 
+    def wake_reader(self) -> None:
+        self._reading.cancel()
+
     def close(self) -> None:
         if self._is_closed:
             return

@@ -27,9 +27,8 @@ from swarmpy.net.keepalive import Keepalive
 from swarmpy.net.pace import Pace
 from swarmpy.net.secured import JOINED_BYTES_MAX, RECEIVE_BYTES, Scratch, Secured
 from swarmpy.net.stream import NativeStream
-from swarmpy.proto.noise import LENGTH_BYTES, TAG_BYTES
+from swarmpy.proto.noise import LENGTH_BYTES, PLAINTEXT_BYTES_MAX, TAG_BYTES
 from swarmpy.proto.yamux import (
-    FRAME_DATA_BYTES_MAX,
     HEADER_BYTES,
     DataReceived,
     Event,
@@ -43,7 +42,7 @@ from swarmpy.proto.yamux import (
 )
 
 BATCH_FRAMES = 2
-"""Data frames a `send`: the other end opens the first while the next are encrypted."""
+"""Full Noise frames a `send`: the other end opens the first while the next are encrypted."""
 
 BACKLOG_BYTES_MAX = 1024 * 1024
 """Ciphertext the kernel refused: one turn, and control frames of 128 streams many times over.
@@ -212,7 +211,6 @@ class NativeConnection(Connection):
                     pumps.cancel_scope.cancel()
                 handlers.cancel_scope.deadline = trio.current_time() + HANDLER_GRACE_S
         finally:
-            self.close()
             budget.leave(self._yamux)
 
     # For streams: receiving ----------------------------------------------------
@@ -250,7 +248,7 @@ class NativeConnection(Connection):
         return self._yamux.window(stream_id)
 
     def send_data(self, stream_id: int, data: memoryview) -> None:
-        """Encrypt data frames and offer them to the kernel in one go.
+        """Encrypt a data frame and offer it to the kernel.
 
         Large data waits for its turn first; only a proposal of some bytes may join a backlog.
 
@@ -260,25 +258,24 @@ class NativeConnection(Connection):
         if len(self._outbox) > JOINED_BYTES_MAX:
             self.flush()
         total = len(data)
-        header = self._yamux.data_header(stream_id, min(total, FRAME_DATA_BYTES_MAX))
-        # Control frames that gathered ride along: one packet, and one wake-up at the other end.
-        head = header
+        head = self._yamux.data_header(stream_id, total)
         if self._outbox:
-            head = b"".join((self._outbox, header))
+            # Control frames that gathered ride along: one packet, and one wake-up over there.
+            head = b"".join((self._outbox, head))
             self._outbox.clear()
-        if total <= JOINED_BYTES_MAX:
-            joined, start = self._scratch.joined, len(head)
-            joined[:start] = head
-            joined[start : start + total] = data
-            self._seal_and_send(joined[: start + total])
-            return
-        frames: list[bytes | memoryview] = [head, data[:FRAME_DATA_BYTES_MAX]]
-        for start in range(FRAME_DATA_BYTES_MAX, total, FRAME_DATA_BYTES_MAX):
-            if len(frames) >= 2 * BATCH_FRAMES and total - start >= FRAME_DATA_BYTES_MAX:
+        # What is left over from whole Noise frames goes with the header.
+        rest = total % PLAINTEXT_BYTES_MAX
+        if rest > JOINED_BYTES_MAX:
+            rest = 0
+        joined, size = self._scratch.joined, len(head)
+        joined[:size] = head
+        joined[size : size + rest] = data[:rest]
+        frames = [joined[: size + rest]]
+        for start in range(rest, total, PLAINTEXT_BYTES_MAX):
+            if len(frames) > BATCH_FRAMES:
                 self._seal_and_send(*frames)
                 frames.clear()
-            frame = data[start : start + FRAME_DATA_BYTES_MAX]
-            frames += (self._yamux.data_header(stream_id, len(frame)), frame)
+            frames.append(data[start : start + PLAINTEXT_BYTES_MAX])
         self._seal_and_send(*frames)
 
     def close_write(self, stream_id: int) -> None:
@@ -339,10 +336,9 @@ class NativeConnection(Connection):
                     self._reader = trio.lowlevel.current_task()
                     await _park(self._abort_reader)
                 elif self.has_woken or not self._is_drained:
-                    # Let those run who were woken: they may read on. Shielded: no frame is half
-                    # taken.
+                    # Let those run who were woken: they may read on.
                     self.has_woken = False
-                    await trio.lowlevel.cancel_shielded_checkpoint()
+                    await trio.lowlevel.checkpoint()
                     if not self._is_drained and not self._is_led:
                         self._receive()
                 else:
@@ -357,6 +353,7 @@ class NativeConnection(Connection):
             self._fail(error)
         finally:
             self._is_reading = False
+            self.close()  # cancelled: nobody reads any more, and nobody may wait for it
 
     @property
     def may_lead(self) -> bool:
@@ -386,6 +383,10 @@ class NativeConnection(Connection):
             if task is not None:
                 trio.lowlevel.reschedule(task)
 
+    def wake_leader(self) -> None:
+        """Let who leads look again: it waits for the socket, where nothing may ever come."""
+        self._byte_stream.wake_reader()
+
     def _abort_reader(self, _: object) -> trio.lowlevel.Abort:
         self._reader = None
         return trio.lowlevel.Abort.SUCCEEDED
@@ -404,14 +405,14 @@ class NativeConnection(Connection):
         """Read once and take every whole frame."""
         buffer = self._scratch.received
         held = len(self._partial)
-        count = self._byte_stream.receive_into_nowait(buffer[held : held + RECEIVE_BYTES])
+        count = self._byte_stream.receive_into_nowait(buffer[held:RECEIVE_BYTES])
         if count is None:
             self._is_drained = True
             return
         if count == 0:
             goodbye = "the peer closed it" if self._is_going_away else "it ended without a goodbye"
             raise ConnectionLost(goodbye)
-        self._is_drained = count < RECEIVE_BYTES
+        self._is_drained = held + count < RECEIVE_BYTES
         if held:
             buffer[:held] = self._partial
         self._heard_s = trio.current_time()
@@ -435,7 +436,11 @@ class NativeConnection(Connection):
                 else:
                     self._take_plaintext(bytes(opened))
             else:
-                self._take_plaintext(self._open(buffer[body:following]))
+                data = self._open(buffer[body:following])
+                if stream_id := self._yamux.receive_more(size):
+                    self._streams[stream_id].feed(data)
+                else:
+                    self._take_plaintext(data)
             start = following
         self._partial = bytes(buffer[start:end]) if start < end else b""
         if self._outbox:

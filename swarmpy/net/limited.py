@@ -51,6 +51,9 @@ class LimitedStream(ByteStream):
         if self.carried_bytes < self._bytes_max:
             await self._byte_stream.wait_readable()
 
+    def wake_reader(self) -> None:
+        self._byte_stream.wake_reader()
+
     def close(self) -> None:
         self._byte_stream.close()
 

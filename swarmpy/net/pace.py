@@ -27,8 +27,8 @@ UNSENT_BYTES_MIN = 4 * 1024
 TURN_BYTES_FIRST = 16 * 1024
 """Before the link was measured, unless the round trip says that it is near."""
 
-TURN_BYTES_MAX = 4 * FRAME_DATA_BYTES_MAX
-"""On a fast link: four frames, encrypted and sent in one go."""
+TURN_BYTES_MAX = FRAME_DATA_BYTES_MAX
+"""On a fast link: one frame of the largest size."""
 
 UNSENT_BYTES_NEAR = 64 * 1024
 """What the kernel may hold unsent of a near peer that was not measured yet."""

@@ -6,12 +6,20 @@ from dataclasses import dataclass
 
 from swarmpy.identity import PeerId
 from swarmpy.net.pace import TURN_BYTES_MAX
-from swarmpy.proto.noise import FRAME_BYTES_MAX, LENGTH_BYTES, TAG_BYTES, Opener, Sealer
+from swarmpy.proto.noise import (
+    FRAME_BYTES_MAX,
+    LENGTH_BYTES,
+    PLAINTEXT_BYTES_MAX,
+    TAG_BYTES,
+    Opener,
+    Sealer,
+)
 from swarmpy.proto.receive_budget import ReceiveBudget
-from swarmpy.proto.yamux import FRAME_DATA_BYTES_MAX, HEADER_BYTES
+from swarmpy.proto.yamux import HEADER_BYTES
 
-RECEIVE_BYTES = 256 * 1024
-"""Asked of the kernel at a time; larger reads measured no faster."""
+RECEIVE_BYTES = 4 * (LENGTH_BYTES + FRAME_BYTES_MAX)
+"""Asked of the kernel at a time, with what is held of a frame; larger reads measured no faster. In
+bulk, whole frames end where this does, and none is held."""
 
 JOINED_BYTES_MAX = 32 * 1024
 """Up to here header and data share one Noise frame; a larger payload is encrypted where it lies."""
@@ -27,9 +35,9 @@ class Scratch:
     def __init__(self, budget: ReceiveBudget | None = None) -> None:
         self.budget = ReceiveBudget() if budget is None else budget
         overhead = LENGTH_BYTES + TAG_BYTES
-        self.received = memoryview(bytearray(RECEIVE_BYTES + LENGTH_BYTES + FRAME_BYTES_MAX))
-        frames = -(-TURN_BYTES_MAX // FRAME_DATA_BYTES_MAX)
-        sealed_bytes = JOINED_BYTES_MAX + TURN_BYTES_MAX + frames * (HEADER_BYTES + 2 * overhead)
+        self.received = memoryview(bytearray(RECEIVE_BYTES))
+        frames = 2 + -(-TURN_BYTES_MAX // PLAINTEXT_BYTES_MAX)
+        sealed_bytes = 2 * JOINED_BYTES_MAX + TURN_BYTES_MAX + frames * (HEADER_BYTES + overhead)
         self.joined = memoryview(bytearray(2 * JOINED_BYTES_MAX + HEADER_BYTES))
         self.sealed = memoryview(bytearray(sealed_bytes))
 

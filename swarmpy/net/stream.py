@@ -29,9 +29,6 @@ PIECE_BYTES_JOINED_MAX = 16 * 1024
 LINGER_S = 10.0
 """How long a stream whose handler has returned waits for the peer's end before it is reset."""
 
-TURN_SLACK_BYTES = 1024
-"""What is left of a message after a turn joins it if it is no more: 256 KiB are one turn."""
-
 YIELD_BYTES = 256 * 1024
 """A task that sends without ever waiting lets others run after this much."""
 
@@ -235,9 +232,7 @@ class NativeStream(Stream):
                     await connection.wait_turn(self.priority)
                     has_turn = True
                 else:
-                    size = min(window, total - offset)
-                    if size > connection.pace.turn_bytes + TURN_SLACK_BYTES:
-                        size = connection.pace.turn_bytes
+                    size = min(window, connection.pace.turn_bytes, total - offset)
                     connection.send_data(self.stream_id, data[offset : offset + size])
                     offset += size
                     if has_turn and connection.is_turn_wanted(self.priority):
@@ -289,6 +284,8 @@ class NativeStream(Stream):
         self._error = error
         self._pieces.clear()
         self.connection_closed()
+        if self._is_leading:
+            self.connection.wake_leader()
 
     def _raise_if_reset(self) -> None:
         if self._refusal is not None:

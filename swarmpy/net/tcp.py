@@ -119,6 +119,11 @@ class TcpStream(ByteStream):
         except (trio.ClosedResourceError, OSError):
             return None
 
+    def wake_reader(self) -> None:
+        if self._is_open:
+            # Wakes who waits to write as well: it finds that it must wait on.
+            trio.lowlevel.notify_closing(self._socket)
+
     def close(self) -> None:
         if self._is_open:
             self._is_open = False

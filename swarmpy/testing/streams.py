@@ -51,6 +51,7 @@ class Pipe:
         self._is_abandoned = False  # the reader closed
         self._is_broken = False  # and the writer has been told, or the connection was reset
         self._readers = trio.lowlevel.ParkingLot()
+        self._wakes = 0  # of the reader, without anything to read
         self._writers = trio.lowlevel.ParkingLot()
 
     # The writer's end ----------------------------------------------------------------
@@ -115,8 +116,16 @@ class Pipe:
 
     async def wait_readable(self) -> None:
         await trio.lowlevel.checkpoint()
+        wakes = self._wakes
         while not (self._arrived or self._is_end_here or self._is_abandoned or self._is_broken):
+            if wakes != self._wakes:
+                return
             await self._readers.park()
+
+    def wake_reader(self) -> None:
+        """Let who waits to read wait no longer."""
+        self._wakes += 1
+        self._readers.unpark_all()
 
     # Both ------------------------------------------------------------------------------
 
@@ -186,6 +195,9 @@ class SimStream(ByteStream):
 
     async def wait_readable(self) -> None:
         await self._receiving.wait_readable()
+
+    def wake_reader(self) -> None:
+        self._receiving.wake_reader()
 
     def close(self) -> None:
         if self._is_open:
