@@ -7,7 +7,7 @@ STAMP_DEV := $(VENV)/.installed-dev
 
 RUNS ?= 1000000
 
-.PHONY: demo test lint interop bench bench-transport fuzz schemas clean
+.PHONY: demo test lint interop bench bench-transport bench-simulation fuzz schemas clean
 
 demo: $(STAMP)
 	@$(BIN)/swarmpy demo $(ARGS)
@@ -30,6 +30,9 @@ bench: $(STAMP_DEV)
 
 bench-transport: $(STAMP_DEV)
 	@$(BIN)/python benchmarks/bench_transport.py $(ARGS)
+
+bench-simulation: $(STAMP_DEV)
+	@$(BIN)/python benchmarks/bench_simulation.py $(ARGS)
 
 # Arbitrary bytes into every decoder: `make fuzz RUNS=10000 TARGET=yamux`. See fuzz/README.md.
 fuzz: $(STAMP_DEV)
