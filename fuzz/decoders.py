@@ -48,7 +48,12 @@ from swarmpy.proto import (
     wire,
     yamux,
 )
-from swarmpy.public_keys import check_multihash, decode_public_key, verify
+from swarmpy.public_keys import (
+    check_multihash,
+    check_multihash_form,
+    decode_public_key,
+    verify,
+)
 
 STATES_BYTES_MAX = 64 * 1024
 """Largest input: as large as the largest message; libFuzzer grows towards it slowly."""
@@ -104,12 +109,7 @@ DECODERS: dict[str, Decoder] = {
     ),
     "engine_frames": Decoder(
         run=readers.read_engine_frames,
-        covers=(
-            engine.FrameReader,
-            engine.decode_request,
-            engine.decode_reply,
-            engine.split_tensors,
-        ),
+        covers=(engine.FrameReader, engine.decode_request, engine.decode_reply),
     ),
     "engine_reply": of(engine.Reply),
     "engine_request": of(engine.Request),
@@ -175,7 +175,9 @@ DECODERS: dict[str, Decoder] = {
         bytes_max=160,
     ),
     "peer_id_bytes": Decoder(
-        run=readers.read_peer_id_bytes, covers=(peer_id_from_bytes, check_multihash), bytes_max=64
+        run=readers.read_peer_id_bytes,
+        covers=(peer_id_from_bytes, check_multihash, check_multihash_form),
+        bytes_max=64,
     ),
     "peer_record": Decoder(run=readers.read_peer_record, covers=(identify.open_peer_record,)),
     "ping": Decoder(

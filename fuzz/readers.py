@@ -249,7 +249,7 @@ def _fed_session(
     received: dict[int, bytes] = {}
     for piece in pieces(data, size):
         try:
-            events = session.receive(piece, 0.0)
+            events = session.receive(piece)
         except RemoteProtocolError:
             return {}, False
         for event in events:
@@ -299,7 +299,7 @@ def _read_engine_frame(head: memoryview, payload: memoryview) -> None:
             message: Any = read(head)
         except RemoteProtocolError:
             continue
-        engine.split_tensors(getattr(message, "tensors", ()), payload)
+        tensor.split(getattr(message, "tensors", ()), payload)
 
 
 def read_record(data: bytes) -> None:

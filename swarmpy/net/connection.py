@@ -265,7 +265,7 @@ class NativeConnection(Connection):
             self._outbox.clear()
         # What is left over from whole Noise frames goes with the header.
         rest = total % PLAINTEXT_BYTES_MAX
-        if rest > JOINED_BYTES_MAX:
+        if rest > JOINED_BYTES_MAX or len(head) + rest > PLAINTEXT_BYTES_MAX:
             rest = 0
         joined, size = self._scratch.joined, len(head)
         joined[:size] = head
@@ -415,7 +415,7 @@ class NativeConnection(Connection):
         self._is_drained = held + count < RECEIVE_BYTES
         if held:
             buffer[:held] = self._partial
-        self._heard_s = trio.current_time()
+        self._heard_s = self._yamux.now_s = trio.current_time()
         self._started = 0
         self._take_frames(held + count)
 
@@ -447,7 +447,7 @@ class NativeConnection(Connection):
             self.flush()
 
     def _take_plaintext(self, data: bytes) -> None:
-        for event in self._yamux.receive(data, self._heard_s):
+        for event in self._yamux.receive(data):
             if type(event) is DataReceived:
                 stream = self._streams.get(event.stream_id)
                 if stream is not None:
@@ -458,6 +458,9 @@ class NativeConnection(Connection):
     def _take_event(self, event: Event) -> None:
         match event:
             case StreamOpened(stream_id):
+                if not self._yamux.is_known(stream_id):  # given up in the same breath
+                    self._yamux.release(stream_id)
+                    return
                 stream = self._streams[stream_id] = NativeStream(self, stream_id)
                 self._start_handler(stream)
             case WindowOpened(stream_id):

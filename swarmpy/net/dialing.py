@@ -7,65 +7,76 @@ wins. Tasks that dial one peer share the attempt, which ends when the last of th
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
 
 import trio
 
 from swarmpy import config
-from swarmpy.abc import Address
+from swarmpy.abc import Address, Connection
 from swarmpy.errors import DialFailed, HandshakeFailed, NetworkError, ProtocolError
 from swarmpy.identity import PeerId
-from swarmpy.net.connection import NativeConnection
 
-DialOne = Callable[[PeerId, Address], Awaitable[NativeConnection]]
-Keep = Callable[[NativeConnection], None]
+C = TypeVar("C", bound=Connection)
+DialOne = Callable[[PeerId, Address], Awaitable[C]]
+"""Connects to one address and proves the peer."""
 
 
-class _Attempt:
+class _Attempt(Generic[C]):
     """One dial that several tasks may wait for."""
 
     def __init__(self) -> None:
         self.scope = trio.CancelScope()
-        self.outcome: NativeConnection | Exception | None = None
+        self._connection: C | None = None
+        self._error: Exception | None = None
         self._finished = trio.Event()
         self._waiting = 0
 
-    def finish(self, outcome: NativeConnection | Exception) -> None:
-        if self.outcome is None:
-            self.outcome = outcome
+    def succeed(self, connection: C) -> None:
+        self._connection = connection
+        self._finished.set()
+
+    def fail(self, error: Exception) -> None:
+        """Say how the dial failed, unless its outcome is known."""
+        if not self._finished.is_set():
+            self._error = error
             self._finished.set()
 
-    async def wait(self) -> NativeConnection:
+    async def wait(self) -> C:
         self._waiting += 1
         try:
             await self._finished.wait()
         finally:
             self._waiting -= 1
-            if not self._waiting and self.outcome is None:
+            if not self._waiting and not self._finished.is_set():
                 self.scope.cancel()
-        if isinstance(self.outcome, NativeConnection):
-            return self.outcome
-        assert self.outcome is not None
-        raise self.outcome
+        if self._connection is not None:
+            return self._connection
+        assert self._error is not None
+        raise self._error
 
 
-class Dials:
+class Dials(Generic[C]):
     """The dials under way, one a peer."""
 
-    def __init__(self, dial_one: DialOne, keep: Keep) -> None:
+    def __init__(
+        self,
+        dial_one: DialOne[C],
+        keep: Callable[[C], None],
+        *,
+        places: trio.CapacityLimiter | None = None,
+    ) -> None:
         """Prepare to dial.
 
         Args:
-            dial_one: Connects to one address and proves the peer.
             keep: Told of the winning connection, at once.
+            places: Addresses dialled at a time, over all peers; None for no bound.
         """
         self._dial_one = dial_one
         self._keep = keep
-        self._attempts: dict[PeerId, _Attempt] = {}
-        self._places = trio.CapacityLimiter(config.DIALS_MAX)
+        self._places = places
+        self._attempts: dict[PeerId, _Attempt[C]] = {}
 
-    async def dial(
-        self, nursery: trio.Nursery, peer: PeerId, addresses: Sequence[Address]
-    ) -> NativeConnection:
+    async def dial(self, nursery: trio.Nursery, peer: PeerId, addresses: Sequence[Address]) -> C:
         """Dial a peer in `nursery`, or join a dial of that peer which is under way.
 
         Raises:
@@ -78,53 +89,73 @@ class Dials:
             nursery.start_soon(self._run, attempt, peer, list(addresses))
         return await attempt.wait()
 
-    async def _run(self, attempt: _Attempt, peer: PeerId, addresses: list[Address]) -> None:
+    async def _run(self, attempt: _Attempt[C], peer: PeerId, addresses: list[Address]) -> None:
         try:
             with attempt.scope:
-                connection = await self._first_of(peer, addresses)
+                connection = await first_of(peer, addresses, self._dial_one, places=self._places)
                 self._keep(connection)
-                attempt.finish(connection)
+                attempt.succeed(connection)
         except (NetworkError, ProtocolError) as error:
-            attempt.finish(error)
+            attempt.fail(error)
         finally:
-            attempt.finish(DialFailed(f"the dial of {peer} was given up"))
+            attempt.fail(DialFailed(f"the dial of {peer} was given up"))
             if self._attempts.get(peer) is attempt:
                 del self._attempts[peer]
 
-    async def _first_of(self, peer: PeerId, addresses: list[Address]) -> NativeConnection:
-        if not addresses:
-            raise DialFailed(f"no address of {peer} is known")
-        winners: list[NativeConnection] = []
-        errors: list[Exception] = []
 
-        async def attempt(address: Address, failed: trio.Event) -> None:
-            try:
-                async with self._places:
-                    connection = await self._dial_one(peer, address)
-            except (NetworkError, ProtocolError) as error:
-                errors.append(error)
-                failed.set()
-                return
-            if winners:
-                connection.close()
-                return
-            winners.append(connection)
-            nursery.cancel_scope.cancel()
+async def first_of(
+    peer: PeerId,
+    addresses: Sequence[Address],
+    dial_one: DialOne[C],
+    *,
+    places: trio.CapacityLimiter | None = None,
+) -> C:
+    """Dial addresses in turn, each with a head start over the next; return who is proven first.
 
+    All other connections are closed, and all of them where this is cancelled.
+
+    Raises:
+        DialFailed: No address answered; those beyond `DIAL_ADDRESSES_MAX` were not tried.
+        HandshakeFailed: Whoever answered is not that peer.
+    """
+    if not addresses:
+        raise DialFailed(f"no address of {peer} is known")
+    winners: list[C] = []
+    errors: list[Exception] = []
+
+    async def dial(address: Address) -> C:
+        if places is None:
+            return await dial_one(peer, address)
+        async with places:
+            return await dial_one(peer, address)
+
+    async def attempt(address: Address, failed: trio.Event) -> None:
         try:
-            async with trio.open_nursery() as nursery:
-                for address in addresses[: config.DIAL_ADDRESSES_MAX]:
-                    failed = trio.Event()
-                    nursery.start_soon(attempt, address, failed)
-                    with trio.move_on_after(config.DIAL_STAGGER_S):
-                        await failed.wait()
-        except BaseException:
-            for connection in winners:
-                connection.close()  # proven in the very moment in which nobody waited any more
-            raise
+            connection = await dial(address)
+        except (NetworkError, ProtocolError) as error:
+            errors.append(error)
+            failed.set()
+            return
         if winners:
-            return winners[0]
-        for error in errors:
-            if isinstance(error, HandshakeFailed):
-                raise error
-        raise DialFailed(f"{peer}: " + "; ".join(str(error) for error in errors))
+            connection.close()
+            return
+        winners.append(connection)
+        nursery.cancel_scope.cancel()
+
+    try:
+        async with trio.open_nursery() as nursery:
+            for address in addresses[: config.DIAL_ADDRESSES_MAX]:
+                failed = trio.Event()
+                nursery.start_soon(attempt, address, failed)
+                with trio.move_on_after(config.DIAL_STAGGER_S):
+                    await failed.wait()
+    except BaseException:
+        for connection in winners:
+            connection.close()  # proven in the very moment in which nobody waited any more
+        raise
+    if winners:
+        return winners[0]
+    for error in errors:
+        if isinstance(error, HandshakeFailed):
+            raise error
+    raise DialFailed(f"{peer}: " + "; ".join(str(error) for error in errors))

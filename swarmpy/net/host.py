@@ -96,7 +96,8 @@ class NativeHost(Host):
         self._admission = Admission(self._table, local=identity.peer_id, gate=lambda: self.gate)
         self._handshakes = self._admission.handshakes
         self._paths = Paths(self._table)
-        self._dials = Dials(self._dial_one, self._keep)
+        places = trio.CapacityLimiter(config.DIALS_MAX)
+        self._dials = Dials(self._dial_one, self._keep, places=places)
         self._feed = EventFeed()
         self._listeners: list[Listener] = []
         self._interfaces = Interfaces(network.interface_addresses)
@@ -220,8 +221,13 @@ class NativeHost(Host):
         Raises:
             ConfigError: The address is malformed or taken.
         """
-        nursery = self._running()
+        self._running()
         listener = await self._network.listen(address)
+        try:
+            nursery = self._running()
+        except LocalProtocolError:
+            listener.close()
+            raise
         self._listeners.append(listener)
         nursery.start_soon(self._accept, listener)
         self._changed.set()

@@ -177,10 +177,13 @@ class PeerInfo:
         """Read an identify message, which may come in parts, and remember it."""
         frames = MessageStream(stream)
         message = b""
+        count = 0
         while (part := await frames.receive_frame(identify.MESSAGE_BYTES_MAX)) is not None:
             message += part
-            if len(message) > identify.MESSAGE_BYTES_MAX:
-                raise FrameTooLarge(f"identify of {len(message)} bytes", peer=stream.peer)
+            count += 1
+            if len(message) > identify.MESSAGE_BYTES_MAX or count > identify.PARTS_MAX:
+                said = f"identify of {len(message)} bytes in {count} parts"
+                raise FrameTooLarge(said, peer=stream.peer)
         info = identify.decode(message, peer=stream.peer)
         if stream.connection.is_open:
             self._infos[stream.connection] = info

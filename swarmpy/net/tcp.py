@@ -212,6 +212,7 @@ class TcpNetwork(Network):
         self._listeners: list[TcpListener] = []
 
     async def listen(self, address: Address) -> Listener:
+        await trio.lowlevel.checkpoint()  # first: what is open then is returned
         listening: socket.socket | None = None
         try:
             host, port = parse_tcp(address)
@@ -228,7 +229,6 @@ class TcpNetwork(Network):
             if listening is not None:
                 listening.close()
             raise ConfigError(f"cannot listen on {address}: {error}") from error
-        await trio.lowlevel.checkpoint()
         listener = TcpListener(listening)
         self._listeners = [item for item in self._listeners if item.is_open] + [listener]
         return listener

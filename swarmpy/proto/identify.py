@@ -27,6 +27,9 @@ MESSAGE_BYTES_MAX = 64 * 1024
 """All of one identify answer; go-libp2p sends up to ten parts of at most 8 KiB."""
 
 PROTOCOLS_MAX = 256
+PARTS_MAX = 16
+"""Frames one message may come in, empty ones too; go-libp2p sends at most ten."""
+
 ADDRESSES_MAX = 64
 TEXT_MAX = 256
 """Longest agent, version or protocol id kept."""

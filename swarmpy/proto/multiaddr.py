@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from swarmpy.errors import BadMessage, RemoteProtocolError
-from swarmpy.identity import PeerId, parse_peer_id, peer_id_bytes, peer_id_from_bytes
+from swarmpy.identity import PeerId, base58_encode, parse_peer_id, peer_id_bytes
 from swarmpy.proto.wire import decode_varint, encode_varint
+from swarmpy.public_keys import check_multihash_form
 
 ADDRESS_BYTES_MAX = 512
 """Longest address, text or binary: a DNS name of 253 characters, a port and a PeerId fit."""
@@ -82,7 +83,8 @@ def _encode_peer(text: str) -> bytes:
 
 
 def _decode_peer(data: bytes) -> str:
-    return peer_id_from_bytes(data)
+    check_multihash_form(data)
+    return base58_encode(data)
 
 
 _PROTOCOLS = (

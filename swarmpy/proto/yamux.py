@@ -149,6 +149,7 @@ class Yamux:
     Attributes:
         outbox: Frames to send; whoever sends empties it.
         rtt_s: The round trip as its user last measured it, None before; windows grow by it.
+        now_s: When bytes were last received; set before they are handed over.
     """
 
     def __init__(
@@ -172,8 +173,8 @@ class Yamux:
         """
         self.outbox = bytearray()
         self.rtt_s: float | None = None
+        self.now_s = 0.0
         self._budget = ReceiveBudget() if budget is None else budget
-        self._now_s = 0.0  # of the last bytes received
         self._streams: dict[int, _Stream] = {}
         self._next_id = 1 if is_initiator else 2
         self._inbound: set[int] = set()
@@ -208,14 +209,13 @@ class Yamux:
 
     # Receiving ---------------------------------------------------------------
 
-    def receive(self, data: bytes, now_s: float) -> list[Event]:
+    def receive(self, data: bytes) -> list[Event]:
         """Take decrypted bytes, in pieces of any size, and return what they mean.
 
         Raises:
             RemoteProtocolError: A rule is broken; the connection cannot go on.
         """
         events: list[Event] = []
-        self._now_s = now_s
         if self._header:
             data = self._header + data
             self._header = b""
@@ -375,7 +375,7 @@ class Yamux:
         if not self._is_open or len(self._inbound) >= self._inbound_streams_max:
             self._refuse(stream_id)
             return None
-        stream = self._streams[stream_id] = _Stream(_ACK, self._now_s)
+        stream = self._streams[stream_id] = _Stream(_ACK, self.now_s)
         self._inbound.add(stream_id)
         events.append(StreamOpened(stream_id))
         return stream
@@ -384,8 +384,8 @@ class Yamux:
         return stream_id % 2 != self._inbound_parity
 
     def _refuse(self, stream_id: int) -> None:
-        if self._now_s - self._refused_since_s >= 1.0:
-            self._refused_since_s, self._refused = self._now_s, 0
+        if self.now_s - self._refused_since_s >= 1.0:
+            self._refused_since_s, self._refused = self.now_s, 0
         self._refused += 1
         self._late += INITIAL_WINDOW_BYTES
         if self._refused > self._resets_per_second_max:
@@ -423,7 +423,7 @@ class Yamux:
             raise LocalProtocolError("no more streams on this connection")
         stream_id = self._next_id
         self._next_id += 2
-        self._streams[stream_id] = _Stream(_SYN, self._now_s)
+        self._streams[stream_id] = _Stream(_SYN, self.now_s)
         return stream_id
 
     def window(self, stream_id: int) -> int:
@@ -502,7 +502,7 @@ class Yamux:
 
     def _grant(self, stream_id: int, stream: _Stream) -> None:
         self._grow(stream)
-        stream.granted_s = self._now_s
+        stream.granted_s = self.now_s
         flags, stream.flags = stream.flags, 0
         self.outbox += _pack(0, _WINDOW, flags, stream_id, stream.credit)
         stream.granted += stream.credit
@@ -514,7 +514,7 @@ class Yamux:
         if self.rtt_s is None or growth >= WINDOW_BYTES_MAX or stream.unread > growth // 4:
             return
         time_s = GROWTH_RTTS_MAX * max(self.rtt_s, GROWTH_RTT_S_MIN)
-        is_small = self._now_s - stream.granted_s <= time_s
+        is_small = self.now_s - stream.granted_s <= time_s
         may_grow = self._grown + growth <= GROWTH_BYTES_MAX
         if is_small and may_grow and self._budget.take_growth(growth):
             self._grown += growth
@@ -535,6 +535,9 @@ class Yamux:
         if stream is None or not stream.is_local_open:
             return
         stream.is_local_open = False
+        if stream.flags & _ACK:  # nor for an end
+            self.outbox += _pack(0, _WINDOW, _ACK, stream_id, 0)
+            stream.flags = 0
         self.outbox += _pack(0, _WINDOW, stream.flags | _FIN, stream_id, 0)
         stream.flags = 0
         self._forget_if_ended(stream_id, stream)
@@ -548,7 +551,8 @@ class Yamux:
         if stream.is_remote_open:
             self._late += stream.granted
         if not stream.flags & _SYN:
-            self.outbox += _pack(0, _WINDOW, stream.flags | _RST, stream_id, 0)
+            # Alone: py-libp2p 0.8 looks for no reset in a frame that acknowledges.
+            self.outbox += _pack(0, _WINDOW, _RST, stream_id, 0)
 
     def release(self, stream_id: int) -> None:
         """Say that an inbound stream's handler has returned: its place is free once it is over."""

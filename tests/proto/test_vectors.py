@@ -229,7 +229,7 @@ def test_frames_that_break_a_rule_close_the_session(case: dict[str, str]) -> Non
         resets_per_second_max=3,
     )
     with pytest.raises(RemoteProtocolError):
-        session.receive(hexes(case["bytes"]), 0.0)
+        session.receive(hexes(case["bytes"]))
 
 
 @cases("mdns", "valid")
@@ -309,7 +309,7 @@ def engine_frames(data: bytes) -> list[engine.Frame]:
 def read_engine_frames(data: bytes) -> None:
     """Read frames with their messages and tensors, as the node does."""
     for head, payload in engine_frames(data):
-        engine.split_tensors(getattr(engine.decode_reply(head), "tensors", ()), payload)
+        tensor.split(getattr(engine.decode_reply(head), "tensors", ()), payload)
 
 
 @cases("engine", "frames")
@@ -317,7 +317,7 @@ def test_an_engines_frame_is_its_message_and_tensors(case: dict[str, Any]) -> No
     ((head, payload),) = engine_frames(hexes(case["bytes"]))
 
     message = engine.decode_reply(head)
-    tensors = engine.split_tensors(getattr(message, "tensors", ()), payload)
+    tensors = tensor.split(getattr(message, "tensors", ()), payload)
     assert head.hex() == case["message"]
     assert [bytes(tensor.data).hex() for tensor in tensors] == case["tensors"]
 
@@ -436,6 +436,19 @@ def test_a_code_that_is_none_is_malformed(case: dict[str, str]) -> None:
 
 def proof_of(case: dict[str, Any]) -> tuple[bytes, ...]:
     return tuple(map(hexes, case["proof"]))
+
+
+@cases("membership", "memberships")
+def test_a_proof_rests_on_whom_the_vector_says(case: dict[str, Any]) -> None:
+    found = membership.verify_membership(proof_of(case), wall_s=case["wall_s"])
+    assert [item.hex() for item in found.line] == case["line"]
+
+
+@cases("membership", "reaches")
+def test_a_revocation_reaches_what_the_vector_says(case: dict[str, Any]) -> None:
+    signed = revocation.opened_again(hexes(case["revocation"]))
+    shown = membership.open_membership(proof_of(case))
+    assert revocation.voids(signed, shown) == case["is_void"]
 
 
 @cases("membership", "refused")
