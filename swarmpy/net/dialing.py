@@ -22,18 +22,40 @@ DialOne = Callable[[PeerId, Address], Awaitable[C]]
 
 
 class _Attempt(Generic[C]):
-    """One dial that several tasks may wait for."""
+    """One dial that several tasks may wait for, each with addresses of its own."""
 
     def __init__(self) -> None:
-        self.scope = trio.CancelScope()
+        self.addresses: list[Address] = []
+        self.running = 0
+        self._scopes: list[trio.CancelScope] = []
         self._connection: C | None = None
         self._error: Exception | None = None
         self._finished = trio.Event()
+        self._is_given_up = False
         self._waiting = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether who comes now must begin anew."""
+        return self._is_given_up or self._finished.is_set()
+
+    def take(self, addresses: Sequence[Address]) -> list[Address]:
+        """Add addresses and return those that are new, as many as one dial may try."""
+        fresh = [address for address in addresses if address not in self.addresses]
+        fresh = fresh[: config.DIAL_ADDRESSES_MAX - len(self.addresses)]
+        self.addresses += fresh
+        return fresh
+
+    def scope(self) -> trio.CancelScope:
+        """Return a scope that ends with the attempt."""
+        scope = trio.CancelScope()
+        self._scopes.append(scope)
+        return scope
 
     def succeed(self, connection: C) -> None:
         self._connection = connection
         self._finished.set()
+        self._cancel()
 
     def fail(self, error: Exception) -> None:
         """Say how the dial failed, unless its outcome is known."""
@@ -48,11 +70,16 @@ class _Attempt(Generic[C]):
         finally:
             self._waiting -= 1
             if not self._waiting and not self._finished.is_set():
-                self.scope.cancel()
+                self._is_given_up = True
+                self._cancel()
         if self._connection is not None:
             return self._connection
         assert self._error is not None
         raise self._error
+
+    def _cancel(self) -> None:
+        for scope in self._scopes:
+            scope.cancel()
 
 
 class Dials(Generic[C]):
@@ -84,23 +111,33 @@ class Dials(Generic[C]):
             HandshakeFailed: Whoever answered is not that peer.
         """
         attempt = self._attempts.get(peer)
-        if attempt is None or attempt.scope.cancel_called:
+        if attempt is None or attempt.is_over:
             attempt = self._attempts[peer] = _Attempt()
-            nursery.start_soon(self._run, attempt, peer, list(addresses))
+        fresh = attempt.take(addresses)
+        if fresh or not attempt.running:
+            # Addresses that nobody tries yet need not wait for those under way to fail.
+            attempt.running += 1
+            nursery.start_soon(self._run, attempt, peer, fresh)
         return await attempt.wait()
 
     async def _run(self, attempt: _Attempt[C], peer: PeerId, addresses: list[Address]) -> None:
+        outcome: Exception = DialFailed(f"the dial of {peer} was given up")
         try:
-            with attempt.scope:
+            with attempt.scope():
                 connection = await first_of(peer, addresses, self._dial_one, places=self._places)
-                self._keep(connection)
-                attempt.succeed(connection)
+                if attempt.is_over:
+                    connection.close()
+                else:
+                    self._keep(connection)
+                    attempt.succeed(connection)
         except (NetworkError, ProtocolError) as error:
-            attempt.fail(error)
+            outcome = error
         finally:
-            attempt.fail(DialFailed(f"the dial of {peer} was given up"))
-            if self._attempts.get(peer) is attempt:
-                del self._attempts[peer]
+            attempt.running -= 1
+            if not attempt.running:
+                attempt.fail(outcome)
+                if self._attempts.get(peer) is attempt:
+                    del self._attempts[peer]
 
 
 async def first_of(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -52,8 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     """Serve one parent until its end of the pipe is closed; return the exit code."""
     engine_name, descriptor, beat_descriptor, parent_pid = arguments
     die_with_parent(int(parent_pid))
-    # A core dump would hold prompts.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    forbid_core_dumps()
     pipe = Pipe(socket.socket(fileno=int(descriptor)))
     is_done = threading.Event()
     beat = socket.socket(fileno=int(beat_descriptor))
@@ -66,6 +64,14 @@ def main(arguments: Sequence[str]) -> int:
         is_done.set()
         shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
     return 0
+
+
+def forbid_core_dumps() -> None:
+    """Let a crash leave no file: it would hold prompts. Windows writes none unasked."""
+    if sys.platform != "win32":
+        import resource  # not on Windows
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def die_with_parent(parent_pid: int) -> None:

@@ -8,10 +8,8 @@ round trips and prove the peer, but nothing is signed, encrypted, framed or pars
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Literal
-from weakref import WeakKeyDictionary
 
 import trio
 
@@ -34,21 +32,16 @@ from swarmpy.errors import (
     DialFailed,
     HandshakeFailed,
     LocalProtocolError,
-    NetworkError,
     PeerTimeout,
-    ProtocolError,
-    RemoteProtocolError,
 )
 from swarmpy.identity import Identity, PeerId
+from swarmpy.net.containment import Containment
+from swarmpy.net.dialing import Dials
 from swarmpy.net.events import EventFeed
-from swarmpy.net.router import CONNECTION_PENALTY
 from swarmpy.proto import multiaddr
 from swarmpy.testing.host_connection import HostConnection
-from swarmpy.testing.host_dials import Dials
 from swarmpy.testing.host_stream import HostStream
 from swarmpy.testing.network import SimMachine
-
-logger = logging.getLogger(__name__)
 
 HANDSHAKE_ROUND_TRIPS = 2
 """After the connection stands: one for the proposal and Noise's first message, one for the rest."""
@@ -84,7 +77,7 @@ class SimHost(Host):
         self.gate = gate or Gate()
         self.machine = machine
         self._handlers: dict[ProtocolId, StreamHandler] = {}
-        self._penalties: WeakKeyDictionary[Connection, int] = WeakKeyDictionary()
+        self._containment = Containment()
         self._by_peer: dict[PeerId, list[HostConnection]] = {}
         self._in_order: list[HostConnection] | None = None
         self._dials = Dials(self._dial_one, self._keep)
@@ -404,47 +397,13 @@ class SimHost(Host):
     async def _serve(self, stream: HostStream) -> None:
         assert stream.scope is not None
         try:
-            with stream.scope:
+            with self._containment.around(stream), stream.scope:
                 await self._handlers[stream.protocol](stream)
                 await stream.finish()
-        except Exception as error:  # noqa: BLE001 - the border of stream handlers, as net/router.py
-            self._contain(stream, error)
-        except BaseExceptionGroup as group:
-            ours, others = group.split(Exception)
-            if ours is not None:
-                self._contain(stream, ours)
-            if others is not None:
-                raise others from None
         finally:
             stream.connection.release(stream)
-
-    def _contain(self, stream: HostStream, error: Exception) -> None:
-        """Reset the stream, or close its connection once its breaches weigh that much."""
-        causes = _leaves(error)
-        breaches = [
-            cause
-            for cause in causes
-            if isinstance(cause, RemoteProtocolError) and cause.peer in ("", stream.peer)
-        ]
-        if not all(isinstance(cause, (NetworkError, ProtocolError)) for cause in causes):
-            fields = {"peer": stream.peer, "protocol": stream.protocol}
-            logger.error("handler.failed", extra=fields, exc_info=error)
-        connection = stream.connection
-        penalty = self._penalties.get(connection, 0) + sum(item.penalty for item in breaches)
-        self._penalties[connection] = penalty
-        if breaches and penalty >= CONNECTION_PENALTY:
-            connection.close_for(max(breaches, key=lambda breach: breach.penalty))
-        else:
-            stream.reset()
 
     def _running(self) -> trio.Nursery:
         if self._nursery is None or self._is_closed:
             raise LocalProtocolError("the host is not running")
         return self._nursery
-
-
-def _leaves(error: BaseException) -> list[BaseException]:
-    """Return the errors inside nested groups."""
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
-    return [error]

@@ -6,6 +6,7 @@ swarmpy (entry point `pytest11`); it imports nothing of it until there is a simu
 
 from __future__ import annotations
 
+import argparse
 import shlex
 
 import pytest
@@ -26,11 +27,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--sim-runs",
-        type=int,
+        type=_count,
         default=None,
         metavar="COUNT",
-        help="run simulated tests with so many seeds each, from 0 on",
+        help="run simulated tests with so many seeds each, from 0 on; at least 1",
     )
+
+
+def _count(text: str) -> int:
+    """Read a number of seeds: with none every simulated test would be skipped, and none fail."""
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1 seed, got {count}")
+    return count
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -46,9 +55,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def sim_replay(request: pytest.FixtureRequest) -> str:
     """The command that runs the present seed of a simulated test alone."""
-    callspec = request.node.callspec
-    seed = callspec.params["sim_seed"]
-    name, _, rest = request.node.nodeid.partition("[")
-    others = [item for item in rest.rstrip("]").split("-") if item and item != f"seed{seed}"]
-    chosen = f" -k {shlex.quote(' and '.join(others))}" if others else ""
-    return f"pytest {shlex.quote(name)}{chosen} --sim-seed {seed}"
+    seed = request.node.callspec.params["sim_seed"]
+    return f"pytest {shlex.quote(request.node.nodeid)} --sim-seed {seed}"

@@ -74,7 +74,12 @@ def simulate(
         is_joined: All are members of one network from the start.
         change: Changes the settings of the node with an index.
         time_max_s: Virtual seconds after which the run has hung.
+
+    Raises:
+        ValueError: No seeds: the test would be skipped, and never fail.
     """
+    if seeds < 1:
+        raise ValueError(f"expected at least 1 seed, got {seeds}")
     plan = Plan(
         nodes=nodes,
         seeds=seeds,

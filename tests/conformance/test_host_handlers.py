@@ -10,7 +10,7 @@ from net_hosts import ECHO, echo, exchange, receive_all, wait_until_closed
 from swarmpy import config
 from swarmpy.abc import Gate, ProtocolId, Stream
 from swarmpy.errors import ConnectionLost, DialFailed, RemoteProtocolError, StreamReset
-from swarmpy.net.router import CONNECTION_PENALTY
+from swarmpy.net.containment import CONNECTION_PENALTY
 
 OTHER = ProtocolId("/swarmpy-test/other/1")
 

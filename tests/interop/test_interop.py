@@ -16,6 +16,7 @@ from swarmpy.abc import Address, Connection, ProtocolId, Stream
 from swarmpy.errors import ConnectionLost, HandshakeFailed, StreamReset
 from swarmpy.identity import Identity, parse_peer_id
 from swarmpy.net.host import NativeHost
+from swarmpy.net.stream import NativeStream
 from swarmpy.net.tcp import TcpNetwork
 from swarmpy.proto.multistream import Dialer
 
@@ -167,6 +168,36 @@ class TestOneStack:
             peer.process.kill()
             with trio.fail_after(5), pytest.raises(ConnectionLost):
                 await receive_all(stream)
+
+    async def test_the_peer_sees_a_reset_that_is_all_swarmpy_says_on_a_stream(
+        self,
+        host: NativeHost,
+        peers: Peers,
+        stack: str,
+        dialler: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """py-libp2p overlooks one in a frame that also acknowledges, and waits for 30 s.
+
+        Method: swarmpy resets one stream before a protocol is agreed on, then serves again.
+        """
+        serve, is_resetting = host._router.serve, False
+
+        async def reset_or_serve(stream: NativeStream) -> None:
+            if is_resetting:
+                stream.reset()
+            else:
+                await serve(stream)
+
+        monkeypatch.setattr(host._router, "serve", reset_or_serve)
+        link = await connect(host, await peers.get(stack), dialler=dialler)
+        assert (await link.ask("reset"))["was_reset"] is True  # after whatever it opens unasked
+        is_resetting = True
+        with trio.fail_after(10):
+            refused = await link.peer.ask("reset", peer=str(host.identity.peer_id))
+        assert "error" in refused
+        is_resetting = False
+        assert (await link.ask("echo", sizes=[64]))["echoed"] == [64]
 
     async def test_the_peer_refuses_swarmpy_under_another_peers_id(
         self, host: NativeHost, peers: Peers, stack: str

@@ -23,6 +23,7 @@ class MemoryStream(ByteStream):
         self.is_open = True
         self._received = bytearray()
         self._changed = trio.lowlevel.ParkingLot()
+        self._wakes = 0
         self._other: MemoryStream
 
     def connect(self, other: MemoryStream) -> None:
@@ -54,8 +55,13 @@ class MemoryStream(ByteStream):
 
     async def wait_readable(self) -> None:
         await trio.lowlevel.checkpoint()
-        while self._is_whole and not self._received:
+        wakes = self._wakes
+        while self._is_whole and not self._received and wakes == self._wakes:
             await self._changed.park()
+
+    def wake_reader(self) -> None:
+        self._wakes += 1
+        self._changed.unpark_all()
 
     def close(self) -> None:
         self.is_open = False

@@ -60,6 +60,9 @@ class Tap(ByteStream):
     async def wait_readable(self) -> None:
         await self._byte_stream.wait_readable()
 
+    def wake_reader(self) -> None:
+        self._byte_stream.wake_reader()
+
     def close(self) -> None:
         self._opened.set()
         self._byte_stream.close()

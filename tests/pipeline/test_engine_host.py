@@ -381,6 +381,13 @@ def test_a_child_whose_parent_is_gone_ends_at_once() -> None:
     assert subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode == 1
 
 
+def test_the_childs_module_can_be_imported_where_no_limits_can_be_set() -> None:
+    """As on Windows, whose Python has no module `resource`."""
+    code = "import sys; sys.modules['resource'] = None; import swarmpy.pipeline.engine_child"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 # Threads --------------------------------------------------------------------
 
 

@@ -17,11 +17,13 @@ from py_libp2p_apps import Application, attached, needs_py_libp2p  # noqa: F401
 from swarmpy.abc import Address, ProtocolId, Stream
 from swarmpy.errors import ConfigError, DialFailed, StreamReset
 from swarmpy.identity import PeerId
+from swarmpy.net.dialing import first_of
 from swarmpy.net.host import NativeHost
 from swarmpy.net.tcp import TcpNetwork
 
 if TYPE_CHECKING:
     from swarmpy.plugins.libp2p import LibP2PHost
+    from swarmpy.plugins.libp2p.connection import LibP2PConnection
 
 OWN = ProtocolId("/application/own/1")
 LOOPBACK = Address("/ip4/127.0.0.1/tcp/0")
@@ -132,6 +134,21 @@ async def test_a_protocol_that_the_application_serves_is_not_the_nodes(shared: S
         shared.host.set_handler(OWN, echo)
 
 
+async def test_a_refused_node_leaves_the_applications_handlers(nursery: trio.Nursery) -> None:
+    """Both serve `OWN`, which shows when the node's host is run; `ECHO` is the node's alone."""
+    application = Application.of(identity("application"))
+    application.host.set_stream_handler(OWN, greet)  # type: ignore[arg-type]
+    await nursery.start(application.run)
+    served = dict(application.host.get_mux().handlers)
+    host = attached(application.host)
+    for protocol in (ECHO, OWN):
+        host.set_handler(protocol, echo)
+    with pytest.raises(ConfigError, match=f"the application serves {OWN} itself"):
+        await host.run()
+    assert application.host.get_mux().handlers == served
+    await application.end()
+
+
 async def test_it_listens_where_the_application_does_and_nowhere_else(shared: Shared) -> None:
     (address,) = shared.host.addresses
     assert await shared.host.listen(Address("/ip4/0.0.0.0/tcp/0")) == address
@@ -174,6 +191,15 @@ async def test_closing_the_nodes_host_leaves_the_applications_open(shared: Share
     assert await receive_all(own) == b"hello"
     assert shared.native.connection_to(shared.peer) is connection
     assert ECHO not in shared.application.host.get_mux().handlers
+
+
+async def test_closing_the_nodes_host_leaves_a_handler_the_application_put_over_its(
+    shared: Shared,
+) -> None:
+    shared.host.set_handler(ECHO, echo)
+    shared.application.host.set_stream_handler(ECHO, greet)  # type: ignore[arg-type]
+    shared.host.close()
+    assert shared.application.host.get_mux().handlers[ECHO] is greet
 
 
 async def test_closing_a_connection_the_application_made_leaves_it_open(shared: Shared) -> None:
@@ -229,6 +255,87 @@ async def test_an_error_in_a_handler_of_the_applications_does_not_end_it(shared:
 
 
 # What it makes up for -----------------------------------------------------------------
+
+
+async def test_a_receive_begun_with_a_send_leaves_the_proposal_in_front(shared: Shared) -> None:
+    """Either sends the proposal. Method: both begin in one turn, so often that either is first."""
+    received: list[bytes] = []
+
+    async def receive(stream: Stream) -> None:
+        received.append(await stream.receive_some())
+
+    shared.native.set_handler(ECHO, echo)
+    native = shared.native.identity.peer_id
+    await shared.host.dial(native, shared.native.addresses)
+    for _ in range(40):
+        stream = await shared.host.open_stream(native, [ECHO])
+        with trio.fail_after(10):
+            async with trio.open_nursery() as both:
+                both.start_soon(receive, stream)
+                both.start_soon(stream.send_all, b"hello")
+            await stream.close_write()
+            assert await stream.receive_some() == b""
+    assert received == [b"hello"] * 40
+
+
+async def test_cancelled_openings_leave_no_streams(shared: Shared, nursery: trio.Nursery) -> None:
+    """Method: twenty are cancelled, each one turn of trio's loop later; then one is used."""
+    shared.native.set_handler(ECHO, echo)
+    native = shared.native.identity.peer_id
+    connection = await shared.host.dial(native, shared.native.addresses)
+    caught = 0
+    for turns in range(20):
+        with trio.CancelScope() as scope:
+            nursery.start_soon(cancel_after, scope, turns)
+            (await shared.host.open_stream(native, [ECHO])).reset()
+        caught += scope.cancelled_caught
+    used = await shared.host.open_stream(native, [ECHO])
+    assert await exchange(used, b"hello") == b"hello"
+    used.reset()
+    assert caught > 0
+    with trio.fail_after(10):
+        while (
+            connection.muxed.streams
+            or connection.swarm_conn.streams
+            or shared.native.connections[0].stream_count
+        ):
+            await trio.lowlevel.checkpoint()
+
+
+async def cancel_after(scope: trio.CancelScope, turns: int) -> None:
+    """Cancel after so many turns of trio's loop."""
+    for _ in range(turns):
+        await trio.lowlevel.checkpoint()
+    scope.cancel()
+
+
+async def test_of_two_dials_that_win_at_once_one_connection_stays(
+    nursery: trio.Nursery, mock_clock: trio.testing.MockClock
+) -> None:
+    """Method: whoever is proven first waits for the other."""
+    mock_clock.rate = FAST
+    proven = trio.Event()
+    waiting: list[LibP2PConnection] = []
+
+    async with shared_hosts(nursery) as shared:
+
+        async def dial_one(peer: PeerId, address: Address) -> LibP2PConnection:
+            made = await shared.host._dial_one(peer, address)
+            if waiting:
+                proven.set()
+            else:
+                waiting.append(made)
+                await proven.wait()
+            return made
+
+        peer, addresses = shared.native.identity.peer_id, shared.native.addresses
+        won = await first_of(peer, [*addresses, *addresses], dial_one)
+        assert won not in waiting
+        assert list(shared.host.connections) == [won]
+        events = shared.native.connection_events()
+        with trio.fail_after(60):
+            while len(shared.native.connections) > 1:
+                await anext(events)
 
 
 async def test_a_reader_may_pause_longer_than_py_libp2p_waits(

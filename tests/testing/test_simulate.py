@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -187,19 +188,36 @@ def test_what_takes_too_long_fails() -> None:
 
 
 def test_the_plugin_chooses_seeds_and_says_how_to_replay(tmp_path: Path) -> None:
-    """Method: pytest in a process of its own, on a test that fails with seed 2 alone."""
+    """Method: seed 1 fails, seed 10 does not; what else the ids hold fits in no `-k` expression."""
     (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
         "from swarmpy.testing import Simulation, simulate\n"
+        "@pytest.mark.parametrize('what', ['a=b', 'k(1) \"x\"'])\n"
         "@simulate(nodes=1, seeds=2, engine='')\n"
-        "async def test_it(sim: Simulation) -> None:\n"
-        "    assert sim.seed != 2\n"
+        "async def test_it(sim: Simulation, what: str) -> None:\n"
+        "    assert sim.seed != 1\n"
     )
+    said = run_pytest(tmp_path, "--sim-runs", "11").stdout
+    assert "2 failed, 20 passed" in said
+    replays = [line.split("replay: ")[1] for line in said.splitlines() if "replay: " in line]
+    assert len(replays) == 2
+    for replay in replays:
+        command, *arguments = shlex.split(replay)
+        assert command == "pytest"
+        assert "1 failed in" in run_pytest(tmp_path, *arguments).stdout
 
-    def pytest_says(*options: str) -> str:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
 
-    failed = pytest_says("--sim-runs", "4")
-    assert "1 failed, 3 passed" in failed
-    assert "replay: pytest test_it.py::test_it --sim-seed 2" in failed
-    assert "1 failed in" in pytest_says("test_it.py::test_it", "--sim-seed", "2")
+@pytest.mark.parametrize("count", [0, -1])
+def test_to_run_no_seeds_is_refused(tmp_path: Path, count: int) -> None:
+    """Every simulated test would be skipped, and the run look green."""
+    refused = run_pytest(tmp_path, f"--sim-runs={count}")
+    assert refused.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"expected at least 1 seed, got {count}" in refused.stderr
+    with pytest.raises(ValueError, match="at least 1 seed"):
+        simulate(nodes=1, seeds=count)
+
+
+def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import trio
 from libp2p.abc import ConnectionType
 from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.stream.net_stream import NetStream
 from libp2p.security.secure_session import SecureSession
 from libp2p.stream_muxer.yamux import yamux
 
@@ -158,8 +159,32 @@ class LibP2PConnection(Connection):
 
         nursery.start_soon(run)
 
+    async def open_net_stream(self) -> NetStream:
+        """Open a stream of py-libp2p's; one that nobody waits for any more is reset.
+
+        Raises:
+            ConnectionLost: The connection has ended, or ended meanwhile.
+        """
+        opened: list[NetStream] = []
+        is_wanted = True
+
+        async def work() -> None:
+            opened.append(await self.swarm_conn.new_stream())
+            if not is_wanted:
+                await opened[0].reset()
+
+        try:
+            await self.complete(work)
+            self.raise_if_lost()
+        except BaseException:
+            is_wanted = False
+            for net_stream in opened:
+                self.start(net_stream.reset)
+            raise
+        return opened[0]
+
     async def complete(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do something as `start` does, and wait for it; what it gave may be given up.
+        """Do something as `start` does, and wait for it; cancelled, it goes on all the same.
 
         Raises:
             ConnectionLost: It failed, or could not be begun.

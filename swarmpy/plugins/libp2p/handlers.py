@@ -5,19 +5,13 @@ A failing or hostile stream costs its stream, then its connection; never the app
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from weakref import WeakKeyDictionary
-
 import trio
 
 from swarmpy import config
-from swarmpy.abc import Connection, ProtocolId, StreamHandler
-from swarmpy.errors import ConfigError, NetworkError, RemoteProtocolError
-from swarmpy.net.router import CONNECTION_PENALTY
+from swarmpy.abc import ProtocolId, StreamHandler
+from swarmpy.errors import ConfigError
+from swarmpy.net.containment import Containment
 from swarmpy.plugins.libp2p.stream import LibP2PStream
-
-logger = logging.getLogger(__name__)
 
 
 class Handlers:
@@ -26,7 +20,7 @@ class Handlers:
     def __init__(self) -> None:
         self._handlers: dict[ProtocolId, StreamHandler] = {}
         self._allowed_limited: set[ProtocolId] = set()
-        self._penalties: WeakKeyDictionary[Connection, int] = WeakKeyDictionary()
+        self._containment = Containment()
 
     def __contains__(self, protocol: object) -> bool:
         return protocol in self._handlers
@@ -56,16 +50,8 @@ class Handlers:
         connection.inbound_count += 1
         scope = connection.handler_scope()
         try:
-            with scope:
+            with self._containment.around(stream), scope:
                 await self._serve(stream)
-        except Exception as error:  # noqa: BLE001 - the border named in the module's docstring
-            self._contain(stream, error)
-        except BaseExceptionGroup as group:
-            ours, others = group.split(Exception)
-            if ours is not None:
-                self._contain(stream, ours)
-            if others is not None:
-                raise others from None
         finally:
             connection.inbound_count -= 1
             connection.handler_returned(scope)
@@ -80,32 +66,3 @@ class Handlers:
             return
         await self._handlers[stream.protocol](stream)
         await stream.finish()
-
-    def _contain(self, stream: LibP2PStream, error: Exception) -> None:
-        """Reset the stream, or close its connection once its breaches weigh that much."""
-        causes = list(_leaves(error))
-        fields = {"peer": stream.peer, "protocol": stream.protocol}
-        breaches = [
-            cause
-            for cause in causes
-            if isinstance(cause, RemoteProtocolError) and cause.peer in ("", stream.peer)
-        ]
-        if all(isinstance(cause, (RemoteProtocolError, NetworkError)) for cause in causes):
-            logger.debug("stream.failed", extra=fields | {"error": str(causes[0])})
-        else:
-            logger.error("handler.failed", extra=fields, exc_info=error)
-        connection = stream.connection
-        penalty = self._penalties.get(connection, 0) + sum(item.penalty for item in breaches)
-        if breaches and penalty >= CONNECTION_PENALTY:
-            connection.close_for(max(breaches, key=lambda breach: breach.penalty))
-        else:
-            self._penalties[connection] = penalty
-            stream.reset()
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error

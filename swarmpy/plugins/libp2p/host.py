@@ -49,6 +49,7 @@ from swarmpy.errors import (
     RemoteProtocolError,
 )
 from swarmpy.identity import PeerId
+from swarmpy.net.dialing import first_of
 from swarmpy.net.events import EventFeed
 from swarmpy.net.tcp import TcpNetwork
 from swarmpy.plugins.libp2p.attach import identity_of, require_noise_only, swarm_of
@@ -85,6 +86,7 @@ class LibP2PHost(Host):
         self._swarm = swarm_of(host)
         self._network = TcpNetwork()
         self._handlers = Handlers()
+        self._offered: dict[ProtocolId, NetStreamHandler] = {}  # what was set in the application's
         self._by_conn: dict[SwarmConn, LibP2PConnection] = {}
         self._dialling: dict[PeerId, trio.Event] = {}
         self._feed = EventFeed()
@@ -107,12 +109,12 @@ class LibP2PHost(Host):
                 fix="Open the node inside `async with host.run(listen_addrs=...):`.",
             )
         before = self._swarm.common_stream_handler
-        self._swarm.common_stream_handler = partial(self._serve, before)
         try:
+            for protocol in self._handlers.protocols:
+                self._offer(protocol)
+            self._swarm.common_stream_handler = partial(self._serve, before)
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                for protocol in self._handlers.protocols:
-                    self._offer(protocol)
                 task_status.started()
                 await self._keep_watch()
         finally:
@@ -122,9 +124,10 @@ class LibP2PHost(Host):
     def close(self) -> None:
         """End the node's part; the application's host, its connections and streams live on."""
         self._is_closed = True
-        for protocol in self._handlers.protocols:
-            if self._nursery is not None:
+        for protocol, handler in self._offered.items():
+            if self._host.get_mux().handlers.get(protocol) is handler:
                 self._host.remove_stream_handler(protocol)
+        self._offered.clear()
         for connection in list(self._by_conn.values()):
             connection.close()
         if self._nursery is not None:
@@ -243,7 +246,7 @@ class LibP2PHost(Host):
             return known
         self._dialling[peer] = trio.Event()
         try:
-            return await self._first_of(peer, list(addresses)[: config.DIAL_ADDRESSES_MAX])
+            return await first_of(peer, addresses, self._dial_one)
         finally:
             self._dialling.pop(peer).set()
 
@@ -254,34 +257,6 @@ class LibP2PHost(Host):
             if connection is not None and connection.limit is None:
                 return connection
         return None
-
-    async def _first_of(self, peer: PeerId, addresses: list[Address]) -> LibP2PConnection:
-        """Try addresses in turn, each with a head start over the next."""
-        if not addresses:
-            raise DialFailed(f"no address of {peer} is known")
-        winners: list[LibP2PConnection] = []
-        errors: list[Exception] = []
-
-        async def attempt(address: Address, failed: trio.Event) -> None:
-            try:
-                winners.append(await self._dial_one(peer, address))
-                nursery.cancel_scope.cancel()
-            except (NetworkError, ProtocolError) as error:
-                errors.append(error)
-                failed.set()
-
-        async with trio.open_nursery() as nursery:
-            for address in addresses:
-                failed = trio.Event()
-                nursery.start_soon(attempt, address, failed)
-                with trio.move_on_after(config.DIAL_STAGGER_S):
-                    await failed.wait()
-        if winners:
-            return winners[0]
-        for error in errors:
-            if isinstance(error, HandshakeFailed):
-                raise error
-        raise DialFailed(f"{peer}: " + "; ".join(str(error) for error in errors))
 
     async def _dial_one(self, peer: PeerId, address: Address) -> LibP2PConnection:
         """Dial one address, below py-libp2p's pause of 250 ms and its memory of failed peers."""
@@ -338,7 +313,8 @@ class LibP2PHost(Host):
     def _offer(self, protocol: ProtocolId) -> None:
         if protocol in self._host.get_mux().handlers:
             raise ConfigError(f"the application serves {protocol} itself")
-        self._host.set_stream_handler(protocol, partial(self._serve_own, protocol))
+        handler = self._offered[protocol] = partial(self._serve_own, protocol)
+        self._host.set_stream_handler(protocol, handler)
 
     async def open_stream(
         self,
@@ -352,7 +328,7 @@ class LibP2PHost(Host):
         connection = self._best(peer, allow_limited=allow_limited)
         if connection is None:
             raise ConnectionLost(f"{peer} is not connected")
-        net_stream = await connection.complete(connection.swarm_conn.new_stream)
+        net_stream = await connection.open_net_stream()
         stream = LibP2PStream(connection, net_stream, protocol=protocols[0])
         dialer = Dialer(protocols)
         if len(protocols) == 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,7 @@ class LibP2PStream(Stream):
         self._error: str | None = None  # why it was reset
         self._uncredited_bytes = 0
         self._is_crediting = False
+        self._written: trio.Event | None = None  # when what was begun last is on the wire
         self._proposal = b""  # lazy negotiation: goes out with the first bytes
         self._dialer: Dialer | None = None  # lazy negotiation: checks the first bytes received
         connection.streams.add(self)
@@ -100,7 +101,7 @@ class LibP2PStream(Stream):
         self._propose_now()
         if not self._is_write_closed:
             self._is_write_closed = True
-            self.connection.start(self.net_stream.close_write)
+            self._start_in_turn(self.net_stream.close_write)
             self._forget_if_over()
         await trio.lowlevel.checkpoint()
 
@@ -128,7 +129,7 @@ class LibP2PStream(Stream):
         self.connection.streams.discard(self)
         self._wake()
         if self.connection.is_open:
-            self.connection.start(self.net_stream.reset)
+            self._start_in_turn(self.net_stream.reset)
 
     def connection_ended(self) -> None:
         """Save what was received, and whether its end was, before py-libp2p forgets both."""
@@ -166,7 +167,8 @@ class LibP2PStream(Stream):
             if size <= 0:
                 await trio.sleep(WINDOW_POLL_S)
                 continue
-            await self.connection.complete(self._writing(data[offset : offset + size]))
+            work = self._in_turn(self._writing(data[offset : offset + size]))
+            await self.connection.complete(work)
             offset += size
 
     def _writing(self, data: bytes) -> partial[Awaitable[object]]:
@@ -181,7 +183,29 @@ class LibP2PStream(Stream):
         """Send the proposal alone: nothing is sent behind which it could ride."""
         proposal, self._proposal = self._proposal, b""
         if proposal and self._error is None and self.connection.is_open:
-            self.connection.start(self._writing(proposal))
+            self._start_in_turn(self._writing(proposal))
+
+    def _start_in_turn(self, work: Callable[[], Awaitable[object]]) -> None:
+        self.connection.start(self._in_turn(work))
+
+    def _in_turn(self, work: Callable[[], Awaitable[object]]) -> Callable[[], Awaitable[object]]:
+        """Return work, to be started at once, that waits for what was begun before it.
+
+        Tasks started together run in any order: without this the first bytes may overtake the
+        proposal that they belong behind.
+        """
+        before, self._written = self._written, trio.Event()
+        written = self._written
+
+        async def run() -> None:
+            try:
+                if before is not None:
+                    await before.wait()
+                await work()
+            finally:
+                written.set()
+
+        return run
 
     # Receiving -----------------------------------------------------------------
 
@@ -296,7 +320,7 @@ class LibP2PStream(Stream):
         if not self._is_forgotten:
             self._is_forgotten = True
             self.connection.streams.discard(self)
-            self.connection.start(self._drop)
+            self._start_in_turn(self._drop)
 
     async def _drop(self) -> None:
         await self.connection.muxed._finalize_stream(self._yamux, fully_closed=True)
