@@ -26,6 +26,7 @@ from swarmpy.errors import (
 from swarmpy.net.keepalive import Keepalive
 from swarmpy.net.pace import Pace
 from swarmpy.net.secured import JOINED_BYTES_MAX, RECEIVE_BYTES, Scratch, Secured
+from swarmpy.net.starting import Starts
 from swarmpy.net.stream import NativeStream
 from swarmpy.proto.noise import LENGTH_BYTES, PLAINTEXT_BYTES_MAX, TAG_BYTES
 from swarmpy.proto.yamux import (
@@ -50,10 +51,6 @@ Only a peer that asks and asks and never reads gets there."""
 
 UNREAD_BYTES_MAX = config.INBOUND_STREAMS_MAX * config.STREAM_WINDOW_BYTES
 """Unread bytes of one connection: every inbound stream's window, and what windows grew by."""
-
-STARTS_AT_ONCE = 4
-"""Handlers started for one connection before others have their turn: a peer that opens 64 streams
-in one go, again and again, would make everybody else wait for 64 handlers each time."""
 
 HANDLER_GRACE_S = 5.0
 """Handlers may tidy up this long after their connection is gone; then they are cancelled."""
@@ -121,9 +118,7 @@ class NativeConnection(Connection):
         byte_stream.limit_unsent(self.pace.unsent_bytes)
         self._error: Exception | None = None
         self._is_going_away = False
-        self._handlers: trio.Nursery | None = None
-        self._started = 0  # handlers, for the streams that the last read opened
-        self._unstarted: deque[NativeStream] = deque()
+        self._starts: Starts | None = None
         self._serve: ServeStream | None = None
         self._heard_s = trio.current_time()
         self._keepalive = Keepalive(self, self._yamux)
@@ -203,7 +198,7 @@ class NativeConnection(Connection):
         budget.join(self._yamux, self._was_shed)
         try:
             async with trio.open_nursery() as handlers:
-                self._handlers = handlers
+                self._starts = Starts(handlers, self._serve_stream)
                 async with trio.open_nursery() as pumps:
                     pumps.start_soon(self._write)
                     pumps.start_soon(self._keepalive.run)
@@ -416,7 +411,8 @@ class NativeConnection(Connection):
         if held:
             buffer[:held] = self._partial
         self._heard_s = self._yamux.now_s = trio.current_time()
-        self._started = 0
+        if self._starts is not None:
+            self._starts.next_read()
         self._take_frames(held + count)
 
     def _take_frames(self, end: int) -> None:
@@ -462,7 +458,8 @@ class NativeConnection(Connection):
                     self._yamux.release(stream_id)
                     return
                 stream = self._streams[stream_id] = NativeStream(self, stream_id)
-                self._start_handler(stream)
+                assert self._starts is not None
+                self._starts.start(stream)
             case WindowOpened(stream_id):
                 if stream_id in self._streams:
                     self._streams[stream_id].window_opened()
@@ -486,24 +483,6 @@ class NativeConnection(Connection):
         if stream is not None:
             stream.was_reset("too many bytes lay unread")
         self.flush()
-
-    def _start_handler(self, stream: NativeStream) -> None:
-        """Serve an inbound stream; of many that come at once the later ones wait their turn."""
-        assert self._handlers is not None
-        if not self._unstarted and self._started < STARTS_AT_ONCE:
-            self._started += 1
-            self._handlers.start_soon(self._serve_stream, stream)
-            return
-        self._unstarted.append(stream)
-        if len(self._unstarted) == 1:
-            self._handlers.start_soon(self._start_others)
-
-    async def _start_others(self) -> None:
-        assert self._handlers is not None
-        while self._unstarted:
-            await trio.lowlevel.checkpoint()
-            for _ in range(min(STARTS_AT_ONCE, len(self._unstarted))):
-                self._handlers.start_soon(self._serve_stream, self._unstarted.popleft())
 
     async def _serve_stream(self, stream: NativeStream) -> None:
         assert self._serve is not None
