@@ -188,6 +188,15 @@ class NotAMember(MembershipError):
     advice = "Ask a member for an invite (`swarmpy invite`) and run `swarmpy join CODE`."
 
 
+class MembershipRevoked(NotAMember):
+    """A membership was ended by the network's founder, or by whoever let the member in."""
+
+    advice = (
+        "Ask whoever ended it. The machine can join again with a new identity: an empty data folder"
+        " and a new code."
+    )
+
+
 class StaleRecord(MembershipError):
     """A signed record is over, or not yet valid, by this machine's clock."""
 

@@ -367,17 +367,19 @@ class Node:
         """
         return await self.membership.redeem(code)
 
-    def revoke(self, peer: str) -> Revoked:
+    def revoke(self, peer: str, *, network: str = "", is_rehearsal: bool = False) -> Revoked:
         """End a member's membership, and that of whoever it invited; it spreads by itself.
 
         Args:
-            peer: Its PeerId, the end of it, or its name if no other peer has the same.
+            peer: Its PeerId, the end of it, or its name if no other member has the same.
+            network: Of one network only, by name or id; empty: of all where this node may.
+            is_rehearsal: Only return what it would come to.
 
         Raises:
             NotAMember: No such peer is known, or none that this node may revoke.
             MembershipError: Several peers are called so.
         """
-        return node_members.revoke(self, peer)
+        return node_members.revoke(self, peer, network=network, is_rehearsal=is_rehearsal)
 
     async def wait_members(self, count: int) -> None:
         """Wait until `count` other members have said what they offer and can be reached.

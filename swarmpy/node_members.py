@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from swarmpy.discovery.service import Discovery, PeerView
+from swarmpy.discovery.service import Discovery
 from swarmpy.discovery.trust import Trust
-from swarmpy.errors import MembershipError, NotAMember
+from swarmpy.errors import MembershipError, NotAMember, RemoteProtocolError
+from swarmpy.identity import PeerId, parse_peer_id
+from swarmpy.proto.membership import NetworkId
+from swarmpy.proto.revocation import SignedRevocation, voids
 from swarmpy.status import Revoked
 from swarmpy.trust.membership import Membership
 
@@ -38,21 +42,57 @@ def introduce(membership: Membership, discovery: Discovery) -> None:
     membership.on_revoked(discovery.member_revoked)
 
 
-def revoke(node: Node, text: str) -> Revoked:
+def revoke(node: Node, text: str, *, network: str, is_rehearsal: bool) -> Revoked:
     """End a member's membership wherever this node may; see `Node.revoke`."""
-    view = find_peer(node, text)
-    announced = node.discovery.memberships(view.peer)
-    names = {network.id: network.name for network in node.membership.networks()}
-    networks = node.membership.revoke(view.peer, announced=announced)
+    peer, name = find_peer(node, text)
+    announced = node.discovery.memberships(peer)
+    network_id = _find_network(node, network) if network else None
+    names = {item.id: item.name for item in node.membership.networks()}
+    signed = node.membership.sign_revocations(peer, announced=announced, network_id=network_id)
+    falling = _falling(node, signed)
+    if not is_rehearsal:
+        node.membership.revoke(peer, announced=announced, network_id=network_id)
+    networks = {item.network_id for item in signed}
+    told = [item for item in node.membership.members() if item != peer]
     return Revoked(
-        peer=view.peer,
-        name=view.name,
-        networks=tuple(names[network_id] for network_id in networks),
+        peer=peer,
+        name=name,
+        networks=tuple(names[item.network_id] for item in signed),
+        falling=falling,
+        neighbours_told=sum(bool(networks & node.membership.shared_networks(it)) for it in told),
     )
 
 
-def find_peer(node: Node, text: str) -> PeerView:
-    """Return the peer that a person means: by PeerId, the end of one, or a name.
+def _falling(node: Node, signed: Sequence[SignedRevocation]) -> tuple[str, ...]:
+    """Return who is in view and rests on whom these revocations are of."""
+    revoked = {item.peer for item in signed}
+    return tuple(
+        announcement.name or announcement.peer
+        for announcement in node.discovery.announcements()
+        if announcement.peer not in revoked
+        and any(
+            voids(item, membership)
+            for membership in node.discovery.memberships(PeerId(announcement.peer))
+            for item in signed
+        )
+    )
+
+
+def _find_network(node: Node, text: str) -> NetworkId:
+    found = [item.id for item in node.membership.networks() if text in (item.id, item.name)]
+    if len(found) != 1:
+        raise NotAMember(
+            f"this node is in {len(found) or 'no'} networks called {text!r}, expected one",
+            fix="`swarmpy status --json` lists them; name it by its id.",
+        )
+    return found[0]
+
+
+def find_peer(node: Node, text: str) -> tuple[PeerId, str]:
+    """Return the PeerId and name of whom a person means: by PeerId, the end of one, or a name.
+
+    A name is what a peer says of itself; it counts among members only, and only if one has it. A
+    whole PeerId need not be known here: its owner may have been away for long.
 
     Raises:
         NotAMember: No peer known here is called so.
@@ -64,9 +104,11 @@ def find_peer(node: Node, text: str) -> PeerView:
     found = exact or [
         view
         for view in views
-        if view.name == text
+        if (view.name == text and view.state != "visible")
         or (len(ending) >= SUFFIX_CHARACTERS_MIN and view.peer.endswith(ending))
     ]
+    if not found and (absent := _peer_id(text)) is not None:
+        return absent, ""
     if not found:
         raise NotAMember(
             f"no peer called {text!r} is known here",
@@ -77,4 +119,11 @@ def find_peer(node: Node, text: str) -> PeerView:
             f"{len(found)} peers are called {text!r}: {', '.join(view.peer for view in found)}",
             fix="Name the one you mean by its PeerId.",
         )
-    return found[0]
+    return found[0].peer, found[0].name
+
+
+def _peer_id(text: str) -> PeerId | None:
+    try:
+        return parse_peer_id(text)
+    except RemoteProtocolError:
+        return None

@@ -94,6 +94,7 @@ def status_of(node: Node) -> NodeStatus:
         shards=_own_shards(node),
         uptime_s=node.uptime_s,
         is_stopping=node.is_stopping,
+        revoked=tuple(node.membership.revoked_names()),
     )
 
 

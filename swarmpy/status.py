@@ -116,6 +116,8 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     shards: tuple[str, ...]
     uptime_s: float
     is_stopping: bool
+    revoked: tuple[str, ...] = ()
+    """Names of the networks that this node was a member of until somebody revoked it."""
 
 
 class InviteCreated(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,3 +165,7 @@ class Revoked(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     networks: tuple[str, ...]
     """Names of the networks that it, and whoever it invited, belongs to no more."""
+    falling: tuple[str, ...] = ()
+    """Names of the members in view that are out with it."""
+    neighbours_told: int = 0
+    """Connected members that pass it on; with none nobody else knows yet."""

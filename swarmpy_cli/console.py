@@ -25,6 +25,12 @@ PIPE_WIDTH = 240
 """Columns of a table that is not drawn on a terminal, so that a program reads uncut cells."""
 
 
+class NotConfirmed(SwarmError):
+    """What cannot be taken back has to be confirmed, and nobody could be asked."""
+
+    advice = "Run the command in a terminal, or add --yes."
+
+
 def show_bytes(count: float) -> str:
     """Return a size as people read it: "217 MB"."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -9,10 +9,9 @@ import click
 import msgspec
 
 from swarmpy.config import Config
-from swarmpy.errors import SwarmError
 from swarmpy.status import InviteShown, Joined, NodeStatus
 from swarmpy_cli.client import NodeClient, NoNodeRunning, connect
-from swarmpy_cli.console import Steps, show_bytes, show_seconds
+from swarmpy_cli.console import NotConfirmed, Steps, show_bytes, show_seconds
 from swarmpy_cli.context import (
     ConfigOptions,
     Settings,
@@ -26,12 +25,6 @@ from swarmpy_cli.run import prepare_model, run_briefly, run_node
 
 if TYPE_CHECKING:
     from swarmpy.node import Node
-
-
-class NotConfirmed(SwarmError):
-    """Joining a network has to be confirmed, and nobody could be asked."""
-
-    advice = "Run the command in a terminal, or add --yes."
 
 
 @click.command()

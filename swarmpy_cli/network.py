@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
 from datetime import datetime
 
 import click
@@ -11,7 +13,7 @@ import msgspec
 from swarmpy.config import INVITE_TTL_S
 from swarmpy.status import InviteCreated, PeerStatus, Revoked
 from swarmpy_cli.client import connect
-from swarmpy_cli.console import print_table, show_bytes
+from swarmpy_cli.console import NotConfirmed, print_table, show_bytes
 from swarmpy_cli.context import Settings, json_option, print_json
 
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -88,24 +90,55 @@ def peers(settings: Settings, /, is_json: bool) -> None:
 
 @click.command()
 @click.argument("peer")
+@click.option("--network", default="", metavar="NAME", help="Of one network only; else of all.")
+@click.option("--yes", is_flag=True, help="Do not ask; needed without a terminal.")
 @json_option
 @click.pass_obj
-def revoke(settings: Settings, /, peer: str, is_json: bool) -> None:
+def revoke(settings: Settings, /, peer: str, network: str, yes: bool, is_json: bool) -> None:
     """End a member's membership, and that of whoever it invited.
 
     PEER is a PeerId, the end of one as `swarmpy peers` shows it, or a name. This node must hold the
-    network's key, or have let the member in. It cannot be undone: the machine can join again with a
-    new identity only.
+    network's key, or have let the member in. It cannot be undone: by the network's key the machine
+    can join again with a new identity only, else by the invite of a member that let it in too.
     """
+    if not yes and not sys.stdin.isatty():
+        raise NotConfirmed("revoking must be confirmed, and there is no terminal to ask on")
     with connect(settings.folder) as node:
-        answer = node.post("/admin/revoke", {"peer": peer}, Revoked)
+        asked = {"peer": peer, "network": network}
+        if not yes:
+            _show_revoked(node.post("/admin/revoke", {**asked, "is_rehearsal": True}, Revoked))
+            if not click.confirm("Revoke? It cannot be undone.", default=False, err=True):
+                raise click.Abort
+        answer = node.post("/admin/revoke", asked, Revoked)
     if is_json:
         print_json(msgspec.to_builtins(answer))
         return
     name = answer.name or short_peer(answer.peer)
-    click.echo(f"{name} ({short_peer(answer.peer)}) is no member of {', '.join(answer.networks)}")
-    click.echo("The other members hear of it within seconds; whoever it invited is out too.")
-    click.echo("Codes that it holds admit other machines still: they end within a day.")
+    click.echo(
+        f"{name} ({short_peer(answer.peer)}) is no member of {', '.join(answer.networks)} any more"
+    )
+    for line in _consequences(answer):
+        click.echo(line)
+
+
+def _show_revoked(answer: Revoked) -> None:
+    """Show what somebody must see before they revoke."""
+    click.echo(f"member   {answer.name or 'not known here by name'}", err=True)
+    click.echo(f"peer     {answer.peer}", err=True)
+    click.echo(f"networks {', '.join(answer.networks)}", err=True)
+    falling = ", ".join(answer.falling) or "nobody in view"
+    click.echo(f"with it  {falling}", err=True)
+
+
+def _consequences(answer: Revoked) -> Iterator[str]:
+    if answer.falling:
+        yield f"Out with it: {', '.join(answer.falling)}. Another invite lets them in again."
+    if answer.neighbours_told:
+        yield "The other members hear of it within seconds."
+    else:
+        yield "No other member is connected: they hear of it when one is, while this node runs."
+    yield "Codes that it was given admit other machines still: they end within a day, or with"
+    yield "whoever issued them. Codes that it issued admit nobody."
 
 
 def _peer_row(peer: PeerStatus) -> tuple[str, ...]:

@@ -37,6 +37,8 @@ def status(settings: Settings, /, is_json: bool) -> None:
         count = network.members_connected
         others = f"{count} other {'member' if count == 1 else 'members'} connected"
         click.echo(f"network {network.name} ({network.words}): {others}")
+    for name in answer.revoked:
+        click.echo(f"revoked in {name}: this machine, or who let it in, is no member any more")
     for shard in answer.shards:
         click.echo(f"holds {shard}")
     for pipeline in answer.pipelines:

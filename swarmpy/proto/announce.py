@@ -23,6 +23,7 @@ from swarmpy.proto.endpoint import ip_endpoint
 from swarmpy.proto.envelope import open_envelope, seal
 from swarmpy.proto.membership import (
     CLOCK_SKEW_S,
+    REVOCATION_BYTES_MAX,
     KeyHash,
     Membership,
     Name,
@@ -34,7 +35,6 @@ from swarmpy.proto.membership import (
     open_membership,
     verify_membership,
 )
-from swarmpy.proto.revocation import REVOCATION_BYTES_MAX
 from swarmpy.proto.summary import (
     ENTRY_BYTES,
     KEY_BYTES,
@@ -139,7 +139,8 @@ ENTRIES_PER_MESSAGE_MAX = 2048
 """Keys, or keys with versions, in one message; a whole table fits."""
 
 RECORDS_BYTES_MAX = 60 * 1024
-"""A message with more is not begun; with one more record it still fits a frame."""
+"""Envelopes in one message, at most; with the headers of `RECORDS_PER_MESSAGE_MAX` of them, three
+bytes each, it still fits a frame."""
 
 PARTS_MAX = 256
 
@@ -168,6 +169,11 @@ class Records(msgspec.Struct, frozen=True, tag="records", omit_defaults=True):
     ] = ()
     is_answer: bool = False
     """Whether they were asked for: one that is here already then says nothing of the tree."""
+
+    @property
+    def count(self) -> int:
+        """How many records there are."""
+        return len(self.announcements) + len(self.statements) + len(self.revocations)
 
 
 class Have(msgspec.Struct, frozen=True, tag="have"):

@@ -15,7 +15,7 @@ import msgspec
 
 from swarmpy.errors import BadMessage, FrameTooLarge
 from swarmpy.proto import wire
-from swarmpy.proto.tensor import Tensor, TensorSpec, WireSpec, bytes_of
+from swarmpy.proto.tensor import Tensor, TensorSpec, WireSpec
 
 PAYLOAD_BYTES_MAX = 256 * 1024 * 1024
 """Most tensor bytes of one frame: the exported state of one 4,096-token slot of a 30-layer model is
@@ -284,23 +284,6 @@ def decode_reply(data: memoryview) -> Reply:
     """
     reply: Reply = wire.decode(data, Reply)  # type: ignore[arg-type]
     return reply
-
-
-def split_tensors(specs: Sequence[TensorSpec], payload: memoryview) -> list[Tensor]:
-    """Cut a frame's payload into the tensors its message declared, without copying.
-
-    Raises:
-        BadMessage: The declared sizes do not add up to the payload.
-    """
-    tensors: list[Tensor] = []
-    offset = 0
-    for spec in specs:
-        size = bytes_of(spec.dtype, spec.shape)
-        tensors.append(Tensor(spec.dtype, spec.shape, payload[offset : offset + size]))
-        offset += size
-    if offset != len(payload):
-        raise BadMessage(f"tensors of {offset} bytes declared, {len(payload)} came")
-    return tensors
 
 
 class FrameReader:

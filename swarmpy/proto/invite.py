@@ -3,7 +3,7 @@
 A code is a signed envelope in base32. Every check that needs only the code and a clock is here; the
 token inside is worth something at its issuer alone.
 Sans-IO: `swarmpy/trust/invites.py` remembers who redeemed what.
-Spec: protocols/invite.md (revision 1).
+Spec: protocols/invite.md (revision 2).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
     proof: Proof
 
 
-RefusalReason = Literal["malformed", "expired", "used", "foreign", "busy", "unable"]
+RefusalReason = Literal["malformed", "expired", "used", "foreign", "busy", "unable", "revoked"]
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):

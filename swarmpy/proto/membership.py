@@ -4,7 +4,7 @@ A network is an Ed25519 key. A membership is a chain of signed records from that
 member; verifying it needs nothing but the chain and a clock, so two members who never met, and
 whose invites came from different peers, accept each other.
 Sans-IO: `swarmpy/trust/` keeps keys and records and speaks the protocol.
-Spec: protocols/membership.md (revision 1).
+Spec: protocols/membership.md (revision 2).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from msgspec import Meta
 from swarmpy.errors import BadMessage, NotAMember
 from swarmpy.identity import PEER_ID_TEXT_MAX, Identity, PeerId, parse_peer_id
 from swarmpy.proto.envelope import Envelope, open_envelope, seal
-from swarmpy.proto.wire import decode, encode
+from swarmpy.proto.wire import decode, encode, encode_elements
 
 PROTOCOL = "/swarmpy/membership/1"
 
@@ -49,8 +49,18 @@ NETWORKS_MAX = 8
 NAME_MAX = 64
 """Longest name of a network or node, characters."""
 
+VOUCHER_BYTES = 8
+"""Of the SHA-256 of a PeerId, by which a record names who vouched for its member: finding a second
+peer of the same 8 bytes takes 2^64 tries."""
+
+VOUCHERS_MAX = 16
+"""Named so in all records of a chain: two whole chains, of whoever invited and of who renewed."""
+
 RECORD_ENVELOPE_BYTES_MAX = 640
 """Largest signed record: a name of 64 four-byte characters, a PeerId, a key and a signature."""
+
+REVOCATION_BYTES_MAX = 6 * 1024
+"""Largest signed revocation: a chain of eight records of 640 bytes, and a little."""
 
 MEMBERSHIP_TTL_S = 30 * 24 * 3600.0
 """Life of a membership record; renewed while connected."""
@@ -70,6 +80,7 @@ NetworkId = NewType("NetworkId", str)
 
 Name = Annotated[str, Meta(max_length=NAME_MAX)]
 PeerIdText = Annotated[str, Meta(max_length=PEER_ID_TEXT_MAX)]
+"""A PeerId as it came; `read_peer_id` checks it."""
 KeyHash = Annotated[
     bytes, Meta(min_length=NETWORK_KEY_HASH_BYTES, max_length=NETWORK_KEY_HASH_BYTES)
 ]
@@ -93,6 +104,9 @@ class MembershipRecord(msgspec.Struct, frozen=True, array_like=True):
     serial: Annotated[int, Meta(ge=0, lt=2**62)]
     issued_wall_s: WallSecondsInt
     not_after_wall_s: WallSecondsInt
+    vouchers: Annotated[bytes, Meta(max_length=VOUCHERS_MAX * VOUCHER_BYTES)] = b""
+    """On whom the member rests beside those above it in this chain: of a renewed record those of
+    the chain it replaces, in their order, `VOUCHER_BYTES` each. Left out where empty."""
 
 
 EnvelopeBytes = Annotated[bytes, Meta(max_length=RECORD_ENVELOPE_BYTES_MAX)]
@@ -116,6 +130,8 @@ class Membership:
     """Whoever signed the member's own record: another member, or the network key's own id."""
     members: tuple[PeerId, ...]
     """The member of each record of the chain: each signed the next, the last is `member`."""
+    line: tuple[bytes, ...]
+    """`voucher_of` all on whom it rests, in order: of each record the vouchers, then the member."""
     proof: tuple[bytes, ...]
 
 
@@ -140,6 +156,8 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     """Responder, last: it now serves the initiator as a member, or says why it does not."""
 
     refusal: Annotated[str, Meta(max_length=200)] = ""
+    revocation: Annotated[bytes, Meta(max_length=REVOCATION_BYTES_MAX)] = b""
+    """A signed revocation by which one of the proofs shown is void: its owner may not know."""
 
 
 class Renew(msgspec.Struct, frozen=True, tag="renew"):
@@ -231,16 +249,20 @@ def issue(
     serial: int,
     wall_s: float,
     ttl_s: float = MEMBERSHIP_TTL_S,
+    replaced: Membership | None = None,
 ) -> tuple[bytes, ...]:
     """Sign a member's record and return its proof.
 
     Args:
         signer: The network key (then `authority` is None), or a member's identity.
         authority: The signer's own verified membership, which becomes the chain.
+        replaced: The membership that this renews: the new one rests on whom that rested.
 
     Raises:
-        NotAMember: The authority may not invite, has ended, or its chain is at its longest.
+        NotAMember: The authority may not invite, has ended, rests on the member itself, or its
+            chain is at its longest; or too many have vouched for the member.
     """
+    vouchers = _vouchers(member, authority, replaced)
     not_after = int(wall_s + ttl_s)
     chain: tuple[bytes, ...] = ()
     if authority is not None:
@@ -265,9 +287,35 @@ def issue(
         serial=serial,
         issued_wall_s=int(wall_s),
         not_after_wall_s=not_after,
+        vouchers=vouchers,
     )
-    sealed = seal(signer, domain=DOMAIN, payload_type=PAYLOAD_TYPE, payload=encode(record))
-    return (*chain, sealed)
+    payload = encode(record) if vouchers else encode_elements(msgspec.structs.astuple(record)[:-1])
+    return (*chain, seal(signer, domain=DOMAIN, payload_type=PAYLOAD_TYPE, payload=payload))
+
+
+def _vouchers(member: PeerId, authority: Membership | None, replaced: Membership | None) -> bytes:
+    """Return what a record's `vouchers` has to be.
+
+    A member could else be renewed out of the reach of a revocation of whoever signed it in.
+    """
+    above = authority.line if authority is not None else ()
+    if replaced is not None and voucher_of(member) in above:
+        # It would give those below the member authority over it, which it never asked for.
+        raise NotAMember(f"this node is a member through {member} and cannot vouch for it")
+    before = replaced.line[:-1] if replaced is not None else ()
+    vouchers = [item for item in dict.fromkeys(before) if item not in above]
+    named = len(above) - (len(authority.members) if authority is not None else 0)
+    if named + len(vouchers) > VOUCHERS_MAX:
+        raise NotAMember(
+            f"more than {VOUCHERS_MAX} members have vouched for {member} by now",
+            fix="Ask whoever invited it to renew its membership, or for a new invite.",
+        )
+    return b"".join(vouchers)
+
+
+def voucher_of(peer: PeerId) -> bytes:
+    """Return the 8 bytes by which a record names who vouched for its member."""
+    return hashlib.sha256(peer.encode()).digest()[:VOUCHER_BYTES]
 
 
 def verify_membership(
@@ -311,6 +359,7 @@ def _open_chain(proof: tuple[bytes, ...]) -> tuple[Membership, tuple[MembershipR
         raise BadMessage(f"a membership of {len(proof)} records, expected 1 to {CHAIN_MAX}")
     links: list[MembershipRecord] = []
     members: list[PeerId] = []
+    line: list[bytes] = []
     for sealed in proof:
         envelope, link = _open_record(sealed)
         if links:
@@ -320,7 +369,10 @@ def _open_chain(proof: tuple[bytes, ...]) -> tuple[Membership, tuple[MembershipR
         _check_life(link)
         issuer = envelope.signer
         links.append(link)
-        members.append(parse_peer_id(link.member))
+        members.append(read_peer_id(link.member))
+        line += (*_read_vouchers(link.vouchers), voucher_of(members[-1]))
+    if len(line) > len(proof) + VOUCHERS_MAX:
+        raise BadMessage(f"a membership with more than {VOUCHERS_MAX} vouchers")
     membership = Membership(
         network_id=network_id_of(links[0].network),
         network_name=links[0].network_name,
@@ -330,9 +382,16 @@ def _open_chain(proof: tuple[bytes, ...]) -> tuple[Membership, tuple[MembershipR
         not_before_wall_s=float(max(link.issued_wall_s for link in links)),
         issuer=issuer,
         members=tuple(members),
+        line=tuple(line),
         proof=proof,
     )
     return membership, tuple(links)
+
+
+def _read_vouchers(data: bytes) -> list[bytes]:
+    if len(data) % VOUCHER_BYTES:
+        raise BadMessage(f"vouchers of {len(data)} bytes, expected a multiple of {VOUCHER_BYTES}")
+    return [data[at : at + VOUCHER_BYTES] for at in range(0, len(data), VOUCHER_BYTES)]
 
 
 def network_name_of(proof: Sequence[bytes]) -> str:
@@ -378,6 +437,22 @@ def _check_time(record: MembershipRecord, wall_s: float) -> None:
     if early_s > CLOCK_SKEW_S:
         raise NotAMember(f"the membership begins in {early_s:.0f} s by this clock ({hint})")
     raise NotAMember(f"the membership ended {late_s:.0f} s ago by this clock ({hint})")
+
+
+def read_peer_id(text: str) -> PeerId:
+    """Return the PeerId in a message or record of ours, which has one spelling only, base58btc.
+
+    Elsewhere a person or another library may spell one as a CID. In what is signed, or is a key of
+    a table, a second spelling would make two members of one peer.
+
+    Raises:
+        BadMessage: It is spelled otherwise.
+        RemoteProtocolError: It is no PeerId.
+    """
+    peer = parse_peer_id(text)
+    if peer != text:
+        raise BadMessage(f"peer id {text!r}, expected its base58btc form {peer}")
+    return peer
 
 
 def check_version(version: int, what: str) -> None:

@@ -1,7 +1,9 @@
 """Revocations: the network's key, or whoever signed a member in, says that it is one no more.
 
-A revocation verifies by itself: it carries the chain in which its signer stands above the member.
-While it lasts every chain in which the member stands is void, its own and those it signed.
+A revocation verifies by itself: it carries a chain in which its signer stands above the member. By
+the network's key it voids every chain in which the member stands, its own and those it signed; by a
+member only those in which the signer stands before it: anybody who may invite can sign a chain in
+which it stands above anybody, but not those that others show.
 Sans-IO: `swarmpy/trust/` keeps them, `swarmpy/discovery/` spreads them.
 Spec: protocols/membership.md (revision 2), section 5.
 """
@@ -17,14 +19,16 @@ import msgspec
 from msgspec import Meta
 
 from swarmpy.errors import BadMessage, NotAMember, StaleRecord
-from swarmpy.identity import Identity, PeerId, parse_peer_id
+from swarmpy.identity import Identity, PeerId
 from swarmpy.proto.envelope import open_envelope, seal
 from swarmpy.proto.membership import (
     CHAIN_MAX,
     CLOCK_SKEW_S,
     MEMBERSHIP_TTL_S,
+    REVOCATION_BYTES_MAX,
     EnvelopeBytes,
     KeyHash,
+    Membership,
     NetworkId,
     PeerIdText,
     WallSecondsInt,
@@ -33,17 +37,16 @@ from swarmpy.proto.membership import (
     key_hash_of,
     network_id_of,
     open_membership,
+    read_peer_id,
     verify_membership,
+    voucher_of,
 )
-from swarmpy.proto.summary import REVOKED_VERSION, record_key
+from swarmpy.proto.summary import REVOKED_VERSION, record_key, revocation_key
 from swarmpy.proto.wire import decode, encode
 
 DOMAIN = "swarmpy-revocation"
 PAYLOAD_TYPE = b"r"
 VERSION = 1
-
-REVOCATION_BYTES_MAX = 6 * 1024
-"""Largest signed revocation: a chain of eight records of 640 bytes, and a little."""
 
 REVOCATION_TTL_S = MEMBERSHIP_TTL_S + 2 * CLOCK_SKEW_S
 """No record signed before a revocation lasts longer, whatever the clocks."""
@@ -130,7 +133,7 @@ def _open(sealed: bytes) -> SignedRevocation:
     envelope = open_envelope(sealed, domain=DOMAIN, payload_type=PAYLOAD_TYPE)
     record = decode(envelope.payload, RevocationRecord)
     check_version(record.version, "revocation")
-    member = parse_peer_id(record.member)
+    member = read_peer_id(record.member)
     network_id = network_id_of(record.network)
     is_by_key = key_hash(envelope.public_key) == record.network
     if not is_by_key:
@@ -142,8 +145,25 @@ def _open(sealed: bytes) -> SignedRevocation:
         is_by_key=is_by_key,
         issued_wall_s=float(record.issued_wall_s),
         envelope=envelope.signed,
-        key=record_key(network_id, member),
+        # The key's word takes the place of all others about the member; a member's stands beside.
+        key=record_key(network_id, member)
+        if is_by_key
+        else revocation_key(network_id, member, envelope.signer),
     )
+
+
+def voids(revocation: SignedRevocation, membership: Membership) -> bool:
+    """Whether a revocation, while it lasts, makes a membership void.
+
+    The key's does where the revoked one stands in the line; a member's where the signer stands
+    there too, before it.
+    """
+    if revocation.network_id != membership.network_id:
+        return False
+    revoked, signer = voucher_of(revocation.peer), voucher_of(revocation.signer)
+    line = membership.line
+    last = max((at for at, item in enumerate(line) if item == revoked), default=-1)
+    return last >= 0 and (revocation.is_by_key or signer in line[:last])
 
 
 def _check_authority(record: RevocationRecord, *, member: PeerId, signer: PeerId) -> None:
@@ -151,9 +171,18 @@ def _check_authority(record: RevocationRecord, *, member: PeerId, signer: PeerId
     membership = open_membership(record.chain)
     if key_hash_of(membership.network_id) != record.network or membership.member != member:
         raise BadMessage("a revocation shows the membership of somebody else")
-    if signer not in membership.members[:-1] or signer == member:
+    if voucher_of(signer) not in membership.line[:-1] or signer == member:
         raise BadMessage(f"{signer} did not sign {member} into the network")
     try:
         verify_membership(record.chain, wall_s=float(record.issued_wall_s))
     except NotAMember as error:
         raise BadMessage("a revocation of a membership that was over") from error
+
+
+def opened_again(sealed: bytes) -> SignedRevocation:
+    """Verify a revocation that was kept, whatever the time is: a clock may be wrong at a start.
+
+    Raises:
+        BadMessage, BadSignature: As for `open_revocation`.
+    """
+    return _open(sealed)

@@ -3,7 +3,7 @@
 A record is known by a key of 8 bytes and a version. The table's root is a sum of one hash for each
 entry, so that a change costs two hashes however many entries there are; sums of the entries whose
 keys begin with one and with two hexadecimal digits lead down to where two tables differ.
-Sans-IO. Spec: protocols/announce.md (revision 2), section 6.
+Sans-IO. Spec: protocols/announce.md (revision 2), States.
 """
 
 from __future__ import annotations
@@ -45,6 +45,14 @@ Entry = tuple[bytes, int]
 def record_key(network_id: NetworkId, peer: PeerId) -> bytes:
     """Return the key of what is known of a member of a network (8 bytes)."""
     return hashlib.sha256(f"{network_id} {peer}".encode()).digest()[:KEY_BYTES]
+
+
+def revocation_key(network_id: NetworkId, peer: PeerId, signer: PeerId) -> bytes:
+    """Return the key of a member's revocation of another (8 bytes).
+
+    One of its own: what a member says of another must not take the other's place in the table.
+    """
+    return hashlib.sha256(f"{network_id} {peer} {signer}".encode()).digest()[:KEY_BYTES]
 
 
 def alive_version(seq: int) -> int:
@@ -99,6 +107,13 @@ def check_prefix(prefix: str) -> None:
         raise BadMessage(f"{prefix!r} is no prefix of a record key")
 
 
+def first_bytes(prefix: str) -> range:
+    """Return the first bytes of the keys under a prefix, one bucket each."""
+    width = _BUCKETS >> 4 * len(prefix)
+    first = int(prefix or "0", 16) * width
+    return range(first, first + width)
+
+
 class Summary:
     """The sums over one network's entries."""
 
@@ -127,12 +142,9 @@ class Summary:
             prefix: No digit or one.
         """
         assert len(prefix) < PREFIX_MAX
-        first = int(prefix + "0" * (PREFIX_MAX - len(prefix)), 16)
-        width = _BUCKETS >> 4 * (len(prefix) + 1)
-        sums = (
-            sum(self._sums[start : start + width])
-            for start in range(first, first + 16 * width, width)
-        )
+        under = first_bytes(prefix)
+        width = len(under) // 16
+        sums = (sum(self._sums[start : start + width]) for start in under[::width])
         return b"".join((item & _MASK).to_bytes(ROOT_BYTES, "big")[-KEY_BYTES:] for item in sums)
 
 
@@ -146,5 +158,6 @@ def differing(prefix: str, ours: bytes, theirs: bytes) -> list[str]:
     ]
 
 
+@functools.lru_cache(maxsize=KEYS_CACHED)
 def _hash(key: bytes, version: int) -> int:
     return int.from_bytes(hashlib.sha256(_ENTRY.pack(key, version)).digest(), "big")

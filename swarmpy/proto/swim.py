@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from swarmpy.errors import BadMessage, StaleRecord
-from swarmpy.identity import Identity, PeerId, parse_peer_id
+from swarmpy.identity import Identity, PeerId
 from swarmpy.proto.envelope import open_envelope, seal
 from swarmpy.proto.membership import (
     CLOCK_SKEW_S,
@@ -26,6 +26,7 @@ from swarmpy.proto.membership import (
     check_version,
     key_hash_of,
     network_id_of,
+    read_peer_id,
 )
 from swarmpy.proto.summary import gone_version, record_key
 from swarmpy.proto.wire import decode, encode
@@ -37,8 +38,8 @@ VERSION = 1
 STATEMENT_BYTES_MAX = 320
 """Largest signed statement: two PeerIds, a network, three numbers, a key and a signature."""
 
-STATEMENT_TTL_S = 3600.0
-"""A statement is remembered this long, as the announcement that it ends would have been."""
+STATEMENT_TTL_S = 3600.0 + 2 * CLOCK_SKEW_S
+"""A statement is remembered for longer than the announcement that it ends, whatever the clocks."""
 
 STATEMENTS_CACHED = 1024
 
@@ -131,7 +132,7 @@ def _open(sealed: bytes) -> SignedStatement:
     envelope = open_envelope(sealed, domain=DOMAIN, payload_type=PAYLOAD_TYPE)
     statement = decode(envelope.payload, Statement)
     check_version(statement.version, "statement")
-    accused = parse_peer_id(statement.accused)
+    accused = read_peer_id(statement.accused)
     network_id = network_id_of(statement.network)
     return SignedStatement(
         network_id=network_id,

@@ -32,6 +32,11 @@ def encode(message: msgspec.Struct) -> bytes:
     return _encoder.encode(message)
 
 
+def encode_elements(elements: tuple[object, ...]) -> bytes:
+    """Encode the first elements of a message that is an array, where the last are left out."""
+    return _encoder.encode(elements)
+
+
 def decode(data: bytes | bytearray | memoryview, kind: type[T]) -> T:
     """Decode a message of `kind` (a Struct type or a tagged union), or say why it is none.
 

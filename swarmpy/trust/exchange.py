@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import trio
 
 from swarmpy.abc import Stream, WallSeconds
-from swarmpy.errors import BadMessage, HandshakeFailed, NotAMember, PeerTimeout
+from swarmpy.errors import BadMessage, HandshakeFailed, MembershipRevoked, NotAMember, PeerTimeout
 from swarmpy.net.messages import MessageStream
 from swarmpy.proto.membership import (
     Done,
@@ -28,6 +28,7 @@ from swarmpy.proto.membership import (
     network_tag,
     verify_membership,
 )
+from swarmpy.proto.revocation import SignedRevocation
 from swarmpy.proto.wire import printable
 
 if TYPE_CHECKING:
@@ -44,13 +45,15 @@ Shared = Mapping[NetworkId, Membership]
 class Exchange:
     """What both roles of the conversation need from the node.
 
-    `admit` is called with what was verified of the peer, before the peer can know; `is_void` says
-    whether a sound membership rests on a revoked one.
+    `admit` is called with what was verified of the peer, before the peer can know; `voiding`
+    returns the revocation that makes a sound membership void, if one does; `told_revoked` takes the
+    one by which this node's own is.
     """
 
     own: Mapping[NetworkId, Membership]
     wall_s: WallSeconds
-    is_void: Callable[[Membership], bool]
+    voiding: Callable[[Membership], SignedRevocation | None]
+    told_revoked: Callable[[bytes], None]
     admit: Callable[[Shared], None]
 
     async def initiate(self, messages: MessageStream) -> Shared:
@@ -58,6 +61,7 @@ class Exchange:
 
         Raises:
             NotAMember: The peer refused this node's proofs, or its own have ended.
+            MembershipRevoked: It refused them, and showed by what they are void.
             RemoteProtocolError: The peer showed what does not verify.
         """
         binding = channel_binding(messages.stream)
@@ -67,15 +71,18 @@ class Exchange:
         )
         await messages.send(Hello(tags=tags))
         proofs = await messages.receive(Proofs)
-        shared = self._verify(proofs.proofs, messages)
+        shared = self._verify(proofs.proofs, messages).counting()
         if not shared:
             return {}
         self.admit(shared)
         await messages.send(Proofs(proofs=self._own_proofs(shared)))
         done = await messages.receive(Done)
+        if done.revocation:
+            self.told_revoked(done.revocation)
         if done.refusal:
             reason = printable(done.refusal)
-            raise NotAMember(f"{messages.peer} refused this node's membership: {reason}")
+            kind = MembershipRevoked if done.revocation else NotAMember
+            raise kind(f"{messages.peer} refused this node's membership: {reason}")
         return shared
 
     async def respond(self, hello: Hello, messages: MessageStream) -> Shared:
@@ -86,33 +93,70 @@ class Exchange:
         if not matching:
             return {}
         proofs = await messages.receive(Proofs)
+        shown = self._verify(proofs.proofs, messages)
+        revocation = b"" if shown.revocation is None else shown.revocation.envelope
         try:
-            shared = self._verify(proofs.proofs, messages)
+            shared = shown.counting()
         except NotAMember as error:
             # An ended record is a clock or a long absence, not an attack: its owner is told.
-            await messages.send(Done(refusal=str(error)[:200]))
+            await messages.send(Done(refusal=str(error)[:200], revocation=revocation))
             return {}
         if shared:
             self.admit(shared)
-        await messages.send(Done(refusal="" if shared else "no membership was shown"))
+        refusal = "" if shared else "no membership was shown"
+        await messages.send(Done(refusal=refusal, revocation=revocation))
         return shared
 
     def _own_proofs(self, networks: Sequence[NetworkId] | Shared) -> tuple[Proof, ...]:
         return tuple(self.own[network_id].proof for network_id in networks)
 
-    def _verify(self, proofs: Sequence[Proof], messages: MessageStream) -> Shared:
-        shared: dict[NetworkId, Membership] = {}
+    def _verify(self, proofs: Sequence[Proof], messages: MessageStream) -> _Shown:
+        """Look at each proof by itself: who is out of one network may share another.
+
+        Raises:
+            RemoteProtocolError: One is malformed, another peer's, or of a network not named.
+        """
+        shown = _Shown()
         for proof in proofs:
-            membership = verify_membership(proof, wall_s=self.wall_s, expected_member=messages.peer)
+            try:
+                membership = verify_membership(
+                    proof, wall_s=self.wall_s, expected_member=messages.peer
+                )
+            except NotAMember as error:
+                shown.refused = shown.refused or error
+                continue
             if membership.network_id not in self.own:
                 raise BadMessage("a membership of a network that was not named", peer=messages.peer)
-            if self.is_void(membership):
-                raise NotAMember(
-                    f"revoked: {messages.peer}, or who signed it in, is no member of"
-                    f" {membership.network_name!r} any more"
-                )
-            shared[membership.network_id] = membership
-        return shared
+            if (revocation := self.voiding(membership)) is None:
+                shown.shared[membership.network_id] = membership
+                continue
+            shown.revocation = shown.revocation or revocation
+            shown.refused = shown.refused or MembershipRevoked(
+                f"revoked: {messages.peer}, or who signed it in, is no member of"
+                f" {membership.network_name!r} any more"
+            )
+        return shown
+
+
+@dataclass(slots=True)
+class _Shown:
+    """What a peer's proofs come to."""
+
+    shared: dict[NetworkId, Membership] = field(default_factory=dict)
+    refused: NotAMember | None = None
+    """Why the first of the others does not count."""
+    revocation: SignedRevocation | None = None
+    """What makes the first void that is."""
+
+    def counting(self) -> Shared:
+        """Return the memberships that count.
+
+        Raises:
+            NotAMember: Some were shown, and none does.
+        """
+        if self.refused is not None and not self.shared:
+            raise self.refused
+        return self.shared
 
 
 def channel_binding(stream: Stream) -> bytes:

@@ -6,7 +6,7 @@ Spec: protocols/invite.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import trio
 
@@ -19,6 +19,7 @@ from swarmpy.errors import (
     InviteForeign,
     InviteUsed,
     MembershipError,
+    MembershipRevoked,
     NotAMember,
     RemoteProtocolError,
 )
@@ -70,9 +71,7 @@ class InviteDesk:
         identity: Identity,
         name: str,
         environment: Environment,
-        is_revoked: Callable[[NetworkId, PeerId], bool],
     ) -> None:
-        self._is_revoked = is_revoked
         self._book = book
         self._networks = networks
         self._identity = identity
@@ -217,6 +216,8 @@ class InviteDesk:
             return self._refused("expired")
         except InviteUsed:
             return self._refused("used")
+        except MembershipRevoked:
+            return self._refused("revoked")
         except NotAMember:
             return self._refused("unable")
         except (InviteForeign, RemoteProtocolError) as error:
@@ -229,8 +230,6 @@ class InviteDesk:
         signed = open_invite(asked.invite)
         if signed.issuer != self._identity.peer_id:
             raise InviteForeign(f"the invite was issued by {signed.issuer}")
-        if self._is_revoked(signed.network_id, peer):
-            raise NotAMember(f"{peer} is revoked in this network")
 
         def answer(redemption: Redemption) -> bytes:
             proof = self._networks.issue(
@@ -241,7 +240,10 @@ class InviteDesk:
         stored = self._book.redeem(
             signed.invite.token, peer, wall_s=self._environment.wall_time(), answer=answer
         )
-        return decode(stored, Accepted)
+        accepted = decode(stored, Accepted)
+        # What was answered before a revocation admits nobody after it.
+        self._networks.check_not_void(accepted.proof)
+        return accepted
 
     def _refused(self, reason: RefusalReason) -> Refused:
         return Refused(reason=reason, wall_s=int(self._environment.wall_time()))

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 import trio
 
@@ -22,47 +20,40 @@ from swarmpy.config import INVITE_TTL_S
 from swarmpy.environment import Environment
 from swarmpy.errors import (
     ConfigError,
-    ConnectionLost,
     MembershipError,
     NetworkError,
     NotAMember,
     ProtocolError,
     RemoteProtocolError,
-    StreamReset,
+    StaleRecord,
 )
 from swarmpy.identity import Identity, PeerId
 from swarmpy.net.messages import MessageStream
 from swarmpy.proto import invite
 from swarmpy.proto import membership as proto
-from swarmpy.proto.invite import SignedInvite
 from swarmpy.proto.membership import Hello, NetworkId, Renew
-from swarmpy.proto.revocation import SignedRevocation
+from swarmpy.proto.revocation import SignedRevocation, open_revocation
 from swarmpy.status import InviteCreated, InviteShown, Joined
 from swarmpy.store import open_database
 from swarmpy.trust import invites, networks, revocations
 from swarmpy.trust.attempts import CONVERSATIONS_MAX, Attempts
-from swarmpy.trust.exchange import CONVERSATION_TIMEOUT_S, Exchange, Shared, within
+from swarmpy.trust.conversations import PROTOCOL, Conversations
+from swarmpy.trust.exchange import CONVERSATION_TIMEOUT_S, Exchange, within
 from swarmpy.trust.gate import MembershipGate
 from swarmpy.trust.issuing import InviteDesk
+from swarmpy.trust.members import Members
 from swarmpy.trust.networks import NetworkBook
-from swarmpy.trust.redeeming import addresses_of, redeem_at
-from swarmpy.trust.renewing import ask_renewal, renewal_for
+from swarmpy.trust.redeeming import redeem_at
+from swarmpy.trust.renewing import ask_renewal, renewal_for, renewers
 from swarmpy.trust.revocations import RevocationBook
 from swarmpy.trust.revoking import RevocationDesk
 from swarmpy.trust.views import InviteView, NetworkView
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 logger = logging.getLogger(__name__)
 
 Subject = TypeVar("Subject")
 
-PROTOCOL = ProtocolId(proto.PROTOCOL)
 INVITE_PROTOCOL = ProtocolId(invite.PROTOCOL)
-
-EXCHANGE_ATTEMPTS_MAX = 3
-"""Of two connections made at once one is closed, maybe in the middle of the conversation."""
 
 STRANGER_TIMEOUT_S = 30.0
 """A connected stranger has this long to become a member; a person confirming a join is quicker,
@@ -70,15 +61,6 @@ and redials where not."""
 
 SWEEP_INTERVAL_S = 5.0
 RENEW_INTERVAL_S = 600.0
-
-
-@dataclass(slots=True)
-class _Member:
-    """What is known of a connected peer's membership."""
-
-    shared: dict[NetworkId, proto.Membership] = field(default_factory=dict)
-    connection: Connection | None = None
-    """Where both sides confirmed; None before."""
 
 
 class Membership:
@@ -120,21 +102,16 @@ class Membership:
             identity=identity,
             name=name,
             environment=environment,
-            is_revoked=self._revocations.is_revoked,
         )
         self._revoking = RevocationDesk(
             self._book, identity=identity, environment=environment, given=self._desk.proofs_given
         )
-        self._peers: dict[PeerId, _Member] = {}
-        self._conversations = Attempts(CONVERSATIONS_MAX)
-        self._running: dict[PeerId, trio.Event] = {}
-        self._redeeming: dict[PeerId, int] = {}
-        self._changed = trio.Event()
-        self._on_member: list[Callable[[PeerId], None]] = []
-        self._on_lost: list[Callable[[PeerId], None]] = []
+        self._members = Members(self._is_valid)
+        self._conversations = Conversations(host, self._members, self._conversation)
+        self._begun = Attempts(CONVERSATIONS_MAX)
         self._on_network: list[Callable[[NetworkId], None]] = []
         self._on_revoked: list[Callable[[SignedRevocation], None]] = []
-        self.gate = MembershipGate(self._is_admitted)
+        self.gate = MembershipGate(self._members.is_admitted)
         host.gate = self.gate
         host.set_handler(PROTOCOL, self._serve_membership, allow_limited=True)
         host.set_handler(INVITE_PROTOCOL, self._serve_invite)
@@ -148,6 +125,10 @@ class Membership:
     def networks(self) -> list[NetworkView]:
         """Return the networks this node is in, the oldest first."""
         return self._book.views()
+
+    def revoked_names(self) -> list[str]:
+        """Return the names of the networks that this node was revoked in."""
+        return self._book.revoked_names()
 
     def create_network(self, name: str = "") -> NetworkView:
         """Make a network with this node as its founder and first member.
@@ -217,12 +198,13 @@ class Membership:
         Raises:
             InviteMalformed, InviteExpired, InviteUsed, InviteForeign: The code admits nobody.
             DialFailed: The issuer cannot be reached.
+            MembershipRevoked: This node was revoked in the network.
             MembershipError: The issuer cannot admit anybody now.
         """
         started_s = trio.current_time()
         signed = self._desk.open_code(code)
         was_member = signed.network_id in self._book.memberships
-        with self._redeeming_with(signed.issuer):
+        with self._members.joining(signed.issuer):
             if not was_member:
                 self._book.check_room()  # before the code is used up
                 membership = await redeem_at(
@@ -234,7 +216,7 @@ class Membership:
                 self._book.store(membership)
                 _tell(self._on_network, membership.network_id)
             if signed.issuer != self._identity.peer_id:
-                await self._meet(signed)
+                await self._conversations.meet(signed)
         return Joined(
             network=signed.invite.network_name,
             network_id=signed.network_id,
@@ -248,12 +230,11 @@ class Membership:
 
     def is_member(self, peer: PeerId) -> bool:
         """Whether the peer is connected, proven, and knows that this node is a member too."""
-        known = self._peers.get(peer)
-        return known is not None and known.connection is not None and bool(self._valid(known))
+        return self._members.is_member(peer)
 
     def members(self) -> list[PeerId]:
         """Return the connected members in PeerId order."""
-        return [peer for peer in sorted(self._peers) if self.is_member(peer)]
+        return self._members.members()
 
     def shared_networks(self, peer: PeerId) -> frozenset[NetworkId]:
         """Return the networks of this node that a connected peer has proven to be in.
@@ -261,8 +242,7 @@ class Membership:
         Already true of a peer that the gate admits and whose conversation has not ended yet: what
         it sends on the strength of that must not be taken for a stranger's.
         """
-        known = self._peers.get(peer)
-        return frozenset() if known is None else frozenset(self._valid(known))
+        return self._members.shared_networks(peer)
 
     async def confirm(self, peer: PeerId) -> bool:
         """Have the membership conversation with a connected peer, or wait for the one under way.
@@ -274,26 +254,22 @@ class Membership:
         Raises:
             NetworkError: The connection broke meanwhile.
         """
-        if (running := self._running.get(peer)) is not None:
-            await running.wait()
+        await self._conversations.wait(peer)
         if not self.is_member(peer):
-            await self._exchange(peer)
-        while not self.is_member(peer) and self._redeeming.get(peer):
-            await self._changed.wait()
-        return self.is_member(peer)
+            await self._conversations.have(peer)
+        return await self._members.wait_joined(peer)
 
     async def wait_member(self, peer: PeerId) -> None:
         """Wait until a peer is a member."""
-        while not self.is_member(peer):
-            await self._changed.wait()
+        await self._members.wait_member(peer)
 
     def on_member(self, callback: Callable[[PeerId], None]) -> None:
         """Call back when a peer and this node serve each other; again after each reconnection."""
-        self._on_member.append(callback)
+        self._members.on_member(callback)
 
     def on_lost(self, callback: Callable[[PeerId], None]) -> None:
         """Call back when a member's last connection closed, or its membership ended."""
-        self._on_lost.append(callback)
+        self._members.on_lost(callback)
 
     def on_network(self, callback: Callable[[NetworkId], None]) -> None:
         """Call back when this node made or joined a network, or has a new record of one."""
@@ -302,15 +278,20 @@ class Membership:
     # Revocation --------------------------------------------------------------------
 
     def revoke(
-        self, peer: PeerId, *, announced: Sequence[proto.Membership] = ()
+        self,
+        peer: PeerId,
+        *,
+        announced: Sequence[proto.Membership] = (),
+        network_id: NetworkId | None = None,
     ) -> list[NetworkId]:
         """End a member's membership of each network where this node has the authority to.
 
-        That is where this node holds the network's key, or stands above the member in the chain of
-        its membership. What the member signed is void with it.
+        That is where this node holds the network's key, or has vouched for the member: stands above
+        it in its line. What rests on the member is void with it.
 
         Args:
             announced: The member's memberships as far as its announcements show them.
+            network_id: Of this network only; None: of all.
 
         Returns:
             The networks, at least one.
@@ -318,16 +299,25 @@ class Membership:
         Raises:
             NotAMember: It is no member that this node could revoke.
             MembershipError: There is no room for another revocation.
+            ConfigError: The disk takes none; of the networks before it is revoked.
         """
-        known = self._peers.get(peer)
-        shown = known.shared.values() if known is not None else ()
-        made = self._revoking.revoke(peer, [*announced, *shown])
+        made = self.sign_revocations(peer, announced=announced, network_id=network_id)
         for revocation in made:
-            self.take_revocation(revocation)
-            if not self._revocations.is_revoked(revocation.network_id, peer):
+            if not self._take_revocation(revocation, is_own=True):
                 raise MembershipError("this node keeps as many revocations as there may be")
             _tell(self._on_revoked, revocation)
         return [revocation.network_id for revocation in made]
+
+    def sign_revocations(
+        self,
+        peer: PeerId,
+        *,
+        announced: Sequence[proto.Membership] = (),
+        network_id: NetworkId | None = None,
+    ) -> list[SignedRevocation]:
+        """Return what `revoke` would put into force, without doing so. Raises: NotAMember."""
+        shown = self._members.memberships(peer).values()
+        return self._revoking.sign(peer, [*announced, *shown], network_id=network_id)
 
     def revocations(self) -> list[SignedRevocation]:
         """Return the revocations that hold, of this node's networks and of former ones."""
@@ -337,26 +327,35 @@ class Membership:
         """Whether a membership rests on a revoked one."""
         return self._revocations.is_void(membership)
 
-    def take_revocation(self, revocation: SignedRevocation) -> None:
-        """Keep a verified revocation, and serve nobody any more whose membership it voids."""
-        if not self._revocations.add(revocation):
-            return
+    def take_revocation(self, revocation: SignedRevocation) -> bool:
+        """Keep a verified revocation, and serve nobody any more whose membership it voids.
+
+        Returns:
+            Whether it is kept here: not where there is no room for it.
+        """
+        return self._take_revocation(revocation, is_own=False)
+
+    def _take_revocation(self, revocation: SignedRevocation, *, is_own: bool) -> bool:
+        if not self._revocations.add(revocation, is_own=is_own):
+            return self._revocations.holds(revocation)
         logger.warning(
             "membership.revoked",
             extra={"peer": revocation.peer, "network_id": revocation.network_id},
         )
-        for network_id in self._book.drop_ended():
-            _tell(self._on_network, network_id)
-        for peer in sorted(self._peers):
-            if self._valid(self._peers[peer]):
-                continue
+        self._drop_ended()
+        for peer in self._members.lapsed():
             for connection in self._host.connections:
                 if connection.peer == peer:
                     connection.close()
-            self._forget(peer)
+            self._members.forget(peer)
+        return True
+
+    def _drop_ended(self) -> None:
+        for network_id in self._book.drop_ended():
+            _tell(self._on_network, network_id)
 
     def on_revoked(self, callback: Callable[[SignedRevocation], None]) -> None:
-        """Call back when this node revoked a member."""
+        """Call back when this node revoked a member, or was told that it is revoked itself."""
         self._on_revoked.append(callback)
 
     # Running -----------------------------------------------------------------------
@@ -381,34 +380,31 @@ class Membership:
     ) -> None:
         events = self._host.connection_events()
         for connection in self._host.connections:
-            nursery.start_soon(self._try_exchange, connection.peer)
+            nursery.start_soon(self._conversations.attempt, connection.peer)
         task_status.started()
         async for event in events:
             peer = event.connection.peer
             if event.kind == "closed":
                 self._connection_closed(event.connection, nursery)
             elif event.connection.direction == "outbound":
-                nursery.start_soon(self._try_exchange, peer)
+                nursery.start_soon(self._conversations.attempt, peer)
 
     def _connection_closed(self, connection: Connection, nursery: trio.Nursery) -> None:
         peer = connection.peer
-        known = self._peers.get(peer)
-        if known is None:
-            return
         if self._host.connection_to(peer) is None:
-            self._forget(peer)
-        elif known.connection is connection:
+            self._members.forget(peer)
+        elif self._members.connection(peer) is connection:
             # The other end may have restarted on the connection that is left: show it again.
-            nursery.start_soon(self._try_exchange, peer)
+            nursery.start_soon(self._conversations.attempt, peer)
 
     async def _sweep_forever(self) -> None:
         strangers_since: dict[Connection, float] = {}
         while True:
             await trio.sleep(SWEEP_INTERVAL_S)
-            for peer in sorted(self._peers):
+            for peer in self._members.known():
                 is_connected = self._host.connection_to(peer) is not None
-                if not is_connected or not self._valid(self._peers[peer]):
-                    self._forget(peer)
+                if not is_connected or not self._members.is_admitted(peer):
+                    self._members.forget(peer)
             strangers = [item for item in self._host.connections if not self.is_member(item.peer)]
             now = trio.current_time()
             strangers_since = {item: strangers_since.get(item, now) for item in strangers}
@@ -427,65 +423,16 @@ class Membership:
             except ConfigError as error:
                 # The disk takes no more; the old records last for days, and it is tried again.
                 logger.warning("membership.unwritable", extra={"error": str(error)})
-            self._book.drop_ended()
+            self._drop_ended()
             self._revocations.drop_over()
             for network_id in renewed:
                 _tell(self._on_network, network_id)
             if renewed:
                 for peer in self.members():
-                    await self._try_exchange(peer)
+                    await self._conversations.attempt(peer)
             await trio.sleep(RENEW_INTERVAL_S)
 
     # The conversation ----------------------------------------------------------------
-
-    async def _try_exchange(self, peer: PeerId) -> None:
-        """Have the conversation; a peer that breaks off or speaks none stays a stranger."""
-        try:
-            await self._exchange(peer)
-        except (NetworkError, RemoteProtocolError, NotAMember) as error:
-            logger.debug("membership.exchange_failed", extra={"peer": peer, "error": str(error)})
-
-    async def _exchange(self, peer: PeerId) -> None:
-        """Start a conversation, after the one under way if there is one.
-
-        Raises:
-            NetworkError: Every attempt broke, and the peer is not a member.
-            NotAMember: The peer refused this node's membership.
-        """
-        while (running := self._running.get(peer)) is not None:
-            await running.wait()
-        self._running[peer] = trio.Event()
-        try:
-            for attempt in range(EXCHANGE_ATTEMPTS_MAX):
-                try:
-                    return await self._exchange_once(peer)
-                except (ConnectionLost, StreamReset):
-                    is_last = attempt == EXCHANGE_ATTEMPTS_MAX - 1
-                    if is_last or self._host.connection_to(peer) is None:
-                        raise
-        finally:
-            self._running.pop(peer).set()
-
-    async def _meet(self, signed: SignedInvite) -> None:
-        """Become a member to the issuer of an invite, over another connection if one breaks."""
-        for attempt in range(EXCHANGE_ATTEMPTS_MAX):
-            await self._host.dial(signed.issuer, addresses_of(signed))
-            try:
-                return await self._exchange(signed.issuer)
-            except (ConnectionLost, StreamReset):
-                if attempt == EXCHANGE_ATTEMPTS_MAX - 1:
-                    raise
-
-    async def _exchange_once(self, peer: PeerId) -> None:
-        with within(CONVERSATION_TIMEOUT_S, "the membership conversation"):
-            stream = await self._host.open_stream(peer, [PROTOCOL], allow_limited=True)
-            try:
-                shared = await self._conversation(peer).initiate(MessageStream(stream))
-                await stream.close_write()
-            except BaseException:
-                stream.reset()
-                raise
-        self._confirmed(stream, shared)
 
     async def _serve_membership(self, stream: Stream) -> None:
         self._count_conversation(stream.peer)
@@ -494,7 +441,7 @@ class Membership:
             match await messages.receive(cast("type[Hello | Renew]", Hello | Renew)):
                 case Hello() as hello:
                     shared = await self._conversation(stream.peer).respond(hello, messages)
-                    self._confirmed(stream, shared)
+                    self._conversations.ended(stream, shared)
                 case Renew() as asked:
                     wall_s = self._environment.wall_time()
                     answer = renewal_for(
@@ -506,49 +453,32 @@ class Membership:
         return Exchange(
             own=dict(self._book.memberships),
             wall_s=self._environment.wall_time(),
-            is_void=self._revocations.is_void,
-            admit=partial(self._admit, peer),
+            voiding=self._revocations.voiding,
+            told_revoked=self._told_revoked,
+            admit=partial(self._members.admit, peer),
         )
 
-    def _admit(self, peer: PeerId, shared: Shared) -> None:
-        known = self._peers.setdefault(peer, _Member()).shared
-        for network_id, membership in shared.items():
-            # Of two conversations at once the one that ends last may have begun before a renewal.
-            before = known.get(network_id)
-            if before is None or before.not_after_wall_s < membership.not_after_wall_s:
-                known[network_id] = membership
+    def _told_revoked(self, sealed: bytes) -> None:
+        """A member shows by what this node's membership, that it had shown, is void.
 
-    def _confirmed(self, stream: Stream, shared: Shared) -> None:
-        """Both sides serve each other from here on."""
-        peer = stream.peer
-        if not shared or self._host.connection_to(peer) is None:
+        Raises:
+            RemoteProtocolError: It is no revocation.
+        """
+        try:
+            revocation = open_revocation(sealed, wall_s=self._environment.wall_time())
+        except StaleRecord:
             return
-        known = self._peers.setdefault(peer, _Member(shared=dict(shared)))
-        if known.connection is not stream.connection:
-            known.connection = stream.connection
-            _tell(self._on_member, peer)
-        self._wake()
+        if revocation.network_id in self._book.memberships and self.take_revocation(revocation):
+            _tell(self._on_revoked, revocation)
 
-    def _is_admitted(self, peer: PeerId) -> bool:
-        known = self._peers.get(peer)
-        return known is not None and bool(self._valid(known))
-
-    def _valid(self, known: _Member) -> list[NetworkId]:
-        """Networks in which both the peer's membership and this node's are valid now."""
+    def _is_valid(self, membership: proto.Membership) -> bool:
+        """Whether a peer's membership, and this node's own of that network, are valid now."""
         oldest = self._environment.wall_time() - proto.CLOCK_SKEW_S
-        return [
-            network_id
-            for network_id, membership in known.shared.items()
-            if membership.not_after_wall_s >= oldest
-            and network_id in self._book.memberships
+        return (
+            membership.not_after_wall_s >= oldest
+            and membership.network_id in self._book.memberships
             and not self._revocations.is_void(membership)
-        ]
-
-    def _forget(self, peer: PeerId) -> None:
-        known = self._peers.pop(peer, None)
-        if known is not None and known.connection is not None:
-            _tell(self._on_lost, peer)
-        self._wake()
+        )
 
     # Renewal -------------------------------------------------------------------------
 
@@ -559,10 +489,8 @@ class Membership:
         left_s = own.not_after_wall_s - wall_time()
         if left_s >= proto.RENEW_BELOW_S or self._book.is_founder(network_id):
             return False
-        for peer in self.members():
-            theirs = self._peers[peer].shared.get(network_id) if peer in self._peers else None
-            if theirs is None or not theirs.can_invite:
-                continue
+        shown = (self._members.memberships(peer).get(network_id) for peer in self.members())
+        for peer in renewers(own, filter(None, shown)):
             try:
                 renewed = await ask_renewal(self._host, peer, own, wall_time=wall_time)
             except (NetworkError, ProtocolError, NotAMember) as error:
@@ -578,7 +506,7 @@ class Membership:
     async def _serve_invite(self, stream: Stream) -> None:
         self._count_conversation(stream.peer)
         with (
-            self._redeeming_with(stream.peer),
+            self._members.joining(stream.peer),
             within(CONVERSATION_TIMEOUT_S, "redeeming an invite"),
         ):
             await self._desk.serve(MessageStream(stream))
@@ -590,27 +518,11 @@ class Membership:
             RemoteProtocolError: It has begun too many conversations in this minute.
         """
         now_s = NowSeconds(trio.current_time())
-        if self._conversations.is_blocked(peer, now_s=now_s):
+        if self._begun.is_blocked(peer, now_s=now_s):
             raise RemoteProtocolError(
                 f"more than {CONVERSATIONS_MAX} conversations in a minute", peer=peer, penalty=10
             )
-        self._conversations.add(peer, now_s=now_s)
-
-    @contextmanager
-    def _redeeming_with(self, peer: PeerId) -> Iterator[None]:
-        """Keep `confirm` from calling a peer a stranger while it joins, or lets this node join."""
-        self._redeeming[peer] = self._redeeming.get(peer, 0) + 1
-        try:
-            yield
-        finally:
-            self._redeeming[peer] -= 1
-            if not self._redeeming[peer]:
-                del self._redeeming[peer]
-            self._wake()
-
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, trio.Event()
-        changed.set()
+        self._begun.add(peer, now_s=now_s)
 
 
 def _tell(callbacks: list[Callable[[Subject], None]], subject: Subject) -> None:

@@ -11,16 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from swarmpy.environment import Environment
-from swarmpy.errors import MembershipError, NotAMember, ProtocolError
+from swarmpy.errors import MembershipError, MembershipRevoked, NotAMember, ProtocolError
 from swarmpy.identity import Identity, PeerId
 from swarmpy.proto.membership import (
     NETWORKS_MAX,
     RENEW_BELOW_S,
     Membership,
     NetworkId,
+    Proof,
     Proofs,
     issue,
     network_name_of,
+    open_membership,
     own_network_id,
     verify_membership,
 )
@@ -63,6 +65,7 @@ class NetworkBook:
         self._keys = self._load_keys()
         self._joined: dict[NetworkId, float] = {}
         self._memberships: dict[NetworkId, Membership] = {}
+        self._void: dict[NetworkId, Membership] = {}
         self._load()
         self.renew_founded()
 
@@ -70,6 +73,11 @@ class NetworkBook:
     def memberships(self) -> Mapping[NetworkId, Membership]:
         """This node's own memberships, the oldest first."""
         return self._memberships
+
+    def revoked_names(self) -> list[str]:
+        """Return the names of the networks that this node was revoked in, for as long as it is."""
+        found = (item for item in self._void.values() if self._revocations.is_void(item))
+        return [item.network_name for item in found if item.network_id not in self._memberships]
 
     def joined_wall_s(self, network_id: NetworkId) -> float:
         """When this node made or joined the network."""
@@ -151,20 +159,27 @@ class NetworkBook:
         return found[0]
 
     def issue(
-        self, network_id: NetworkId, member: PeerId, *, can_invite: bool
+        self,
+        network_id: NetworkId,
+        member: PeerId,
+        *,
+        can_invite: bool,
+        replaced: Membership | None = None,
     ) -> tuple[bytes, ...]:
         """Sign a membership of one of this node's networks, by the network's key where it is here.
 
+        Args:
+            replaced: The member's own, where it is to be renewed.
+
         Raises:
-            NotAMember: This node may not, or no longer, or the member is revoked.
+            NotAMember: This node may not, or no longer.
+            MembershipRevoked: The member is revoked, by whoever it would rest on.
         """
-        if self._revocations.is_revoked(network_id, member):
-            raise NotAMember(f"{member} is revoked in this network")
         membership = self._memberships.get(network_id)
         if membership is None:
             raise NotAMember("this node's own membership of the network has ended")
         key = self._keys.get(network_id)
-        return issue(
+        proof = issue(
             key or self._identity,
             authority=None if key else membership,
             network_id=network_id,
@@ -173,7 +188,16 @@ class NetworkBook:
             can_invite=can_invite,
             serial=self._environment.random.getrandbits(62),
             wall_s=self._environment.wall_time(),
+            replaced=replaced,
         )
+        self.check_not_void(proof)
+        return proof
+
+    def check_not_void(self, proof: Proof) -> None:
+        """Raises: MembershipRevoked: A proof that was signed here rests on a revoked member."""
+        membership = open_membership(proof)
+        if self._revocations.is_void(membership):
+            raise MembershipRevoked(f"{membership.member} is revoked in this network")
 
     def renew_founded(self) -> list[NetworkId]:
         """Sign own records anew where they end soon and the key is here; return which."""
@@ -199,7 +223,7 @@ class NetworkBook:
             if membership.not_after_wall_s < wall_s or self._revocations.is_void(membership)
         ]
         for network_id in ended:
-            del self._memberships[network_id]
+            self._void[network_id] = self._memberships.pop(network_id)
             logger.warning("membership.ended", extra={"network_id": network_id})
         return ended
 
@@ -249,7 +273,11 @@ class NetworkBook:
                 # for the node not to start.
                 logger.warning("membership.unusable", extra={"network_id": network_id})
                 continue
-            if membership is not None and not self._revocations.is_void(membership):
+            if membership is None:
+                continue
+            if self._revocations.is_void(membership):
+                self._void[membership.network_id] = membership
+            else:
                 self._joined[membership.network_id] = joined
                 self._memberships[membership.network_id] = membership
 

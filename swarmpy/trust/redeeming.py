@@ -20,6 +20,7 @@ from swarmpy.errors import (
     InviteMalformed,
     InviteUsed,
     MembershipError,
+    MembershipRevoked,
     StreamReset,
 )
 from swarmpy.identity import PeerId
@@ -47,6 +48,7 @@ async def redeem_at(
     Raises:
         DialFailed, HandshakeFailed: The issuer cannot be reached at the invite's addresses.
         InviteExpired, InviteUsed, InviteForeign, InviteMalformed: The issuer refused the code.
+        MembershipRevoked: This node was a member once, and was revoked.
         MembershipError: The issuer cannot admit anybody now.
         RemoteProtocolError: Its answer does not verify.
     """
@@ -114,6 +116,11 @@ def _refusal(refused: Refused, signed: SignedInvite, wall_s: WallSeconds) -> Mem
                 f"{issuer} may not let anybody into the network now: its own membership has ended"
                 " or does not allow it",
                 fix="Ask another member for an invite.",
+            )
+        case "revoked":
+            return MembershipRevoked(
+                f"{issuer} says that this node's membership of"
+                f" {signed.invite.network_name!r} was revoked: its codes let this node in no more"
             )
         case _:
             assert_never(refused.reason)

@@ -5,7 +5,7 @@ Spec: protocols/membership.md, section 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 from swarmpy.abc import Host, ProtocolId, WallSeconds
@@ -26,6 +26,20 @@ from swarmpy.trust.networks import NetworkBook
 
 RENEWED_MIN_S = 24 * 3600.0
 """A renewed record must gain a day, or two members could renew each other for ever to no end."""
+
+
+def renewers(own: Membership, others: Iterable[Membership]) -> list[PeerId]:
+    """Return which members may be asked to renew a membership, in order.
+
+    First come those on whom it rests already: each other that renews it stands above its member
+    from then on, and may revoke it.
+    """
+    added = {
+        theirs.member: len(set(theirs.line) - set(own.line))
+        for theirs in others
+        if theirs.can_invite and own.member not in theirs.members
+    }
+    return sorted(added, key=lambda peer: (added[peer], peer))
 
 
 async def ask_renewal(
@@ -63,7 +77,7 @@ def renewal_for(
     is_void: Callable[[Membership], bool],
     wall_s: WallSeconds,
 ) -> Renewed | NotRenewed:
-    """Answer a member whose record ends soon; its scope stays what it was.
+    """Answer a member whose record ends soon; its scope stays what it was, and on whom it rests.
 
     Raises:
         RemoteProtocolError: The proof is malformed, or another peer's.
@@ -72,7 +86,7 @@ def renewal_for(
         theirs = verify_membership(asked.proof, wall_s=wall_s, expected_member=peer)
         if theirs.not_after_wall_s - wall_s >= RENEW_BELOW_S or is_void(theirs):
             return NotRenewed()
-        proof = book.issue(theirs.network_id, peer, can_invite=theirs.can_invite)
+        proof = book.issue(theirs.network_id, peer, can_invite=theirs.can_invite, replaced=theirs)
     except NotAMember:
         return NotRenewed()
     return Renewed(proof=proof)

@@ -1,4 +1,4 @@
-"""Revoking a member: by the network's key where it is here, else by standing above it in its chain.
+"""Revoking a member: by the network's key where it is here, else by having vouched for it.
 
 Spec: protocols/membership.md, section 5.
 """
@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterable
 from swarmpy.environment import Environment
 from swarmpy.errors import NotAMember
 from swarmpy.identity import Identity, PeerId
-from swarmpy.proto.membership import Membership, NetworkId, Proof, open_membership
+from swarmpy.proto.membership import (
+    Membership,
+    NetworkId,
+    Proof,
+    open_membership,
+    voucher_of,
+)
 from swarmpy.proto.revocation import SignedRevocation, open_revocation, seal_revocation
 from swarmpy.trust.networks import NetworkBook
 
@@ -32,18 +38,21 @@ class RevocationDesk:
         self._environment = environment
         self._given = given
 
-    def revoke(self, peer: PeerId, shown: Iterable[Membership]) -> list[SignedRevocation]:
+    def sign(
+        self, peer: PeerId, shown: Iterable[Membership], *, network_id: NetworkId | None
+    ) -> list[SignedRevocation]:
         """Sign a revocation for each network where this node may; see `Membership.revoke`.
 
         Args:
             shown: The peer's memberships, as it showed or announced them.
+            network_id: Of this network only; None: of all.
         """
-        known = {item.network_id: item for item in map(open_membership, self._given(peer))}
-        known |= {item.network_id: item for item in shown}
+        known = [*shown, *map(open_membership, self._given(peer))]
+        asked = [network_id] if network_id is not None else self._asked(known)
         made = [
             revocation
-            for network_id in self._networks.memberships
-            if (revocation := self._sign(peer, known.get(network_id), network_id)) is not None
+            for item in asked
+            if (revocation := self._sign(peer, known, item)) is not None
         ]
         if not made:
             raise NotAMember(
@@ -52,20 +61,37 @@ class RevocationDesk:
             )
         return made
 
+    def _asked(self, known: Iterable[Membership]) -> list[NetworkId]:
+        """Return the networks that are meant: those the peer is known in, else all of them."""
+        shared = {item.network_id for item in known}
+        return [item for item in self._networks.memberships if not shared or item in shared]
+
     def _sign(
-        self, peer: PeerId, membership: Membership | None, network_id: NetworkId
+        self, peer: PeerId, known: Iterable[Membership], network_id: NetworkId
     ) -> SignedRevocation | None:
-        if membership is None or peer == self._identity.peer_id:
-            return None
+        """Sign one revocation; None where this node may not.
+
+        With the network's key it may always: the member may be away, and was never met here.
+        """
         key = self._networks.key(network_id)
-        if key is None and self._identity.peer_id not in membership.members[:-1]:
-            return None
         wall_s = self._environment.wall_time()
+        chain: Proof | tuple[()] = ()
+        if peer == self._identity.peer_id:
+            return None
+        if key is None:
+            below = [item for item in known if self._may_end(item, peer, network_id)]
+            if not below:
+                return None
+            chain = max(below, key=lambda item: item.not_after_wall_s).proof
         sealed = seal_revocation(
-            key or self._identity,
-            network_id=network_id,
-            member=peer,
-            chain=() if key else membership.proof,
-            wall_s=wall_s,
+            key or self._identity, network_id=network_id, member=peer, chain=chain, wall_s=wall_s
         )
         return open_revocation(sealed, wall_s=wall_s)
+
+    def _may_end(self, membership: Membership, peer: PeerId, network_id: NetworkId) -> bool:
+        return (
+            membership.network_id == network_id
+            and membership.member == peer
+            and membership.not_after_wall_s >= self._environment.wall_time()
+            and voucher_of(self._identity.peer_id) in membership.line[:-1]
+        )

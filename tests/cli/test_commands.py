@@ -171,18 +171,22 @@ def test_a_member_that_was_let_in_is_revoked(home: Path, place: Path) -> None:
     with started(place / "dora", *words) as dora:
         dora.ready()
         document(place / "dora", "join", code, "--yes")
-        unable = ran(place / "dora", "revoke", "ann", "--json")
-        revoked = document(home, "revoke", "dora")
+        unable = ran(place / "dora", "revoke", "ann", "--yes", "--json")
+        unasked = ran(home, "revoke", "dora", "--json")
+        elsewhere = ran(home, "revoke", "dora", "--network", "other", "--yes", "--json")
+        revoked = document(home, "revoke", "dora", "--yes")
         dora.signal_and_wait(signal.SIGINT)
 
     assert json.loads(unable.stdout)["error"]["code"] == "not_a_member"
+    assert json.loads(unasked.stdout)["error"]["code"] == "not_confirmed"
+    assert json.loads(elsewhere.stdout)["error"]["code"] == "not_a_member"
     assert revoked["name"] == "dora"
     assert isinstance(revoked["networks"], list)
     assert len(revoked["networks"]) == 1
     peers = document(home, "peers")["peers"]
     assert isinstance(peers, list)
     assert {peer["name"]: peer["state"] for peer in peers}.get("dora") != "member"
-    again = ran(home, "revoke", "nobody", "--json")
+    again = ran(home, "revoke", "nobody", "--yes", "--json")
     assert json.loads(again.stdout)["error"]["code"] == "not_a_member"
 
 

@@ -265,15 +265,15 @@ async def test_a_busy_child_is_not_taken_for_a_frozen_one(
     host: EngineHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both give no reply; only the busy one answers pings. Method: stop it once it has answered."""
-    monkeypatch.setattr(engine_process, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(engine_process, "HEARTBEAT_S", 0.5)
     shard = await load(host, tmp_path)
 
-    with trio.move_on_after(1.0):
+    with trio.move_on_after(1.5):
         await shard.step([row(odd_engine.SLEEP)])
     assert shard.is_alive
 
     os.kill(shard.pid, signal.SIGSTOP)
-    with trio.fail_after(5), pytest.raises(EngineLost, match="frozen"):
+    with trio.fail_after(10), pytest.raises(EngineLost, match="frozen"):
         await shard.free(0)
 
 

@@ -17,17 +17,27 @@ from swarmpy.proto.announce import (
     DOMAIN,
     MODELS_MAX,
     PAYLOAD_TYPE,
+    RECORDS_BYTES_MAX,
+    RECORDS_PER_MESSAGE_MAX,
     SHARDS_MAX,
     AnnouncedModel,
     AnnouncedShard,
     Announcement,
     Message,
+    Records,
     open_announcement,
     seal_announcement,
 )
 from swarmpy.proto.envelope import seal
-from swarmpy.proto.membership import CLOCK_SKEW_S, MEMBERSHIP_TTL_S, issue, own_network_id
-from swarmpy.proto.wire import decode, encode
+from swarmpy.proto.membership import (
+    CLOCK_SKEW_S,
+    MEMBERSHIP_TTL_S,
+    REVOCATION_BYTES_MAX,
+    issue,
+    own_network_id,
+)
+from swarmpy.proto.swim import STATEMENT_BYTES_MAX
+from swarmpy.proto.wire import MESSAGE_BYTES_MAX, decode, encode
 
 NETWORK, ANN, BOB = Identity(b"n" * 32), Identity(b"a" * 32), Identity(b"b" * 32)
 NOW_S = 1_700_000_000.0
@@ -182,6 +192,25 @@ def test_an_announcement_of_an_ended_membership_is_stale_and_no_breach() -> None
 
     with pytest.raises(StaleRecord, match="ended"):
         open_announcement(sign(issued_wall_s=int(later)), wall_s=later)
+
+
+@pytest.mark.parametrize("envelope_bytes", [120, 255, 256, ANNOUNCEMENT_BYTES_MAX])
+def test_the_fullest_message_of_records_fits_a_frame(envelope_bytes: int) -> None:
+    """Method: as many records as may be in one message, short ones with the most headers."""
+    count = min(RECORDS_PER_MESSAGE_MAX, RECORDS_BYTES_MAX // envelope_bytes)
+    message = Records(announcements=(bytes(envelope_bytes),) * count, is_answer=True)
+
+    sent = encode(message)
+
+    assert len(sent) <= MESSAGE_BYTES_MAX
+    assert decode(sent, Records) == message
+
+
+def test_any_one_record_is_less_than_a_message_holds() -> None:
+    """Else whoever sends would wait for room for ever."""
+    assert max(ANNOUNCEMENT_BYTES_MAX, REVOCATION_BYTES_MAX, STATEMENT_BYTES_MAX) < (
+        RECORDS_BYTES_MAX
+    )
 
 
 @given(st.binary(max_size=600))

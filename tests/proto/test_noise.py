@@ -458,3 +458,18 @@ def test_the_last_nonce_is_used_and_the_reserved_one_never() -> None:
         seal(sealer, b"one too many")
     with pytest.raises(RemoteProtocolError, match="used up"):
         opener.open(bytes(32))
+
+
+@given(st.binary(max_size=200), st.integers(0, 300))
+def test_any_frame_is_opened_in_place_as_elsewhere(plaintext: bytes, cut: int) -> None:
+    """Whole, or torn anywhere."""
+    frame = seal(Sealer(b"k" * 32), plaintext)[2:]
+    opener, whole = Opener(b"k" * 32), memoryview(frame)
+    torn = whole[: min(cut, len(frame) - 1)]
+    with pytest.raises(RemoteProtocolError, match="does not verify"):
+        opener.open_into(torn, memoryview(bytearray(max(0, len(torn) - noise.TAG_BYTES))))
+    assert opener.nonce == 0
+    out = bytearray(len(plaintext))
+    opener.open_into(whole, memoryview(out))
+    assert bytes(out) == plaintext
+    assert opener.nonce == 1

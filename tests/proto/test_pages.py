@@ -42,7 +42,15 @@ MODULES: Mapping[str, tuple[str, ...]] = {
 """By page: modules of `swarmpy` all of whose public numbers the page must name."""
 
 MORE: Mapping[str, tuple[str, ...]] = {
-    "announce": ("config", "discovery.gossip", "discovery.service", "proto.membership"),
+    "announce": (
+        "config",
+        "discovery.gossip",
+        "discovery.link",
+        "discovery.neighbourhood",
+        "discovery.service",
+        "discovery.spreading",
+        "proto.membership",
+    ),
     "engine": ("pipeline.engine_host", "pipeline.engine_process", "proto.wire"),
     "identify": ("net.peer_info", "net.host", "net.addresses"),
     "invite": ("config", "trust.attempts", "trust.exchange", "trust.invites", "trust.issuing"),
@@ -53,6 +61,7 @@ MORE: Mapping[str, tuple[str, ...]] = {
         "trust.attempts",
         "trust.exchange",
         "trust.membership",
+        "trust.revocations",
         "trust.renewing",
     ),
     "multistream": ("config", "net.host", "net.paths"),

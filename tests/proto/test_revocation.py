@@ -6,13 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmpy.errors import BadMessage, BadSignature, RemoteProtocolError, StaleRecord
+from swarmpy.errors import (
+    BadMessage,
+    BadSignature,
+    NotAMember,
+    RemoteProtocolError,
+    StaleRecord,
+)
 from swarmpy.identity import Identity
 from swarmpy.proto.envelope import seal
 from swarmpy.proto.membership import (
     CHAIN_MAX,
     CLOCK_SKEW_S,
     MEMBERSHIP_TTL_S,
+    RECORD_ENVELOPE_BYTES_MAX,
+    REVOCATION_BYTES_MAX,
+    VOUCHERS_MAX,
     Membership,
     issue,
     own_network_id,
@@ -21,10 +30,10 @@ from swarmpy.proto.membership import (
 from swarmpy.proto.revocation import (
     DOMAIN,
     PAYLOAD_TYPE,
-    REVOCATION_BYTES_MAX,
     REVOCATION_TTL_S,
     open_revocation,
     seal_revocation,
+    voids,
 )
 from swarmpy.proto.summary import REVOKED_VERSION, record_key
 
@@ -46,6 +55,21 @@ def signed_in(
         can_invite=True,
         serial=1,
         wall_s=NOW_S,
+    )
+    return verify_membership(proof, wall_s=NOW_S)
+
+
+def renewed(membership: Membership, by: Identity, authority: Membership) -> Membership:
+    proof = issue(
+        by,
+        authority=authority,
+        network_id=NETWORK,
+        network_name="",
+        member=membership.member,
+        can_invite=True,
+        serial=2,
+        wall_s=NOW_S,
+        replaced=membership,
     )
     return verify_membership(proof, wall_s=NOW_S)
 
@@ -95,6 +119,43 @@ def test_whoever_stands_above_a_member_in_its_chain_revokes_it(signer: Identity)
 def test_nobody_else_revokes(signer: Identity, member: Identity, chain: tuple[bytes, ...]) -> None:
     with pytest.raises(BadMessage):
         open_revocation(revoked(signer, member, chain), wall_s=NOW_S)
+
+
+def test_a_revocation_reaches_no_other_network() -> None:
+    other = Identity(b"o" * 32)
+    elsewhere = signed_in(BOB, key=other, by=other)
+
+    signed = open_revocation(revoked(KEY, BOB, ()), wall_s=NOW_S)
+
+    assert voids(signed, B)
+    assert not voids(signed, elsewhere)
+
+
+def test_whoever_renewed_a_member_may_revoke_it_and_who_had_invited_it_still_may() -> None:
+    """Method: ann's guest bob let cid in; eve, another guest of ann's, renews him."""
+    eve = signed_in(EVE, ANN, A)
+    again = renewed(C, EVE, eve)
+
+    for signer in (ANN, BOB, EVE):
+        assert voids(open_revocation(revoked(signer, CID, again.proof), wall_s=NOW_S), again)
+    assert not voids(open_revocation(revoked(EVE, CID, again.proof), wall_s=NOW_S), C)
+
+
+def test_a_member_that_too_many_have_vouched_for_is_renewed_by_those_alone() -> None:
+    """Method: cid is renewed by one guest of ann's after another."""
+    membership = C
+    guests = [Identity(bytes([number + 1]) * 32) for number in range(VOUCHERS_MAX + 1)]
+    for guest in guests[: VOUCHERS_MAX - 1]:  # bob is one of them
+        membership = renewed(membership, guest, signed_in(guest, ANN, A))
+
+    membership = renewed(membership, guests[-2], signed_in(guests[-2], ANN, A))
+    one_more = signed_in(guests[-1], ANN, A)
+    with pytest.raises(NotAMember, match="more than 16"):
+        renewed(membership, guests[-1], one_more)
+
+    first = renewed(membership, guests[0], signed_in(guests[0], ANN, A))
+    assert set(first.line) == set(membership.line)
+    assert max(len(record) for record in first.proof) <= RECORD_ENVELOPE_BYTES_MAX
 
 
 def test_a_former_member_revokes_nobody() -> None:

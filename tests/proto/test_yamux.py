@@ -18,6 +18,7 @@ from swarmpy.proto.yamux import (
     FRAME_DATA_BYTES_MAX,
     GROWTH_BYTES_MAX,
     GROWTH_RTT_S_MIN,
+    HEADER_BYTES,
     INITIAL_WINDOW_BYTES,
     WINDOW_BYTES_MAX,
     WINDOW_IDLE_S,
@@ -80,6 +81,88 @@ def opened(count: int = 1, *, budget: ReceiveBudget | None = None, **bounds: int
     for index in range(count):
         receive(yamux, frame(WINDOW, SYN, 2 * index + 1, 0))
     return yamux
+
+
+# The short ways ---------------------------------------------------------------------
+
+
+def state(yamux: Yamux) -> tuple[object, ...]:
+    """Return what a session knows, its streams and its budget included."""
+    known = {key: value for key, value in vars(yamux).items() if key not in ("_budget", "_streams")}
+    streams = {
+        number: [getattr(stream, name) for name in stream.__slots__]
+        for number, stream in yamux._streams.items()
+    }
+    return known, streams, vars(yamux._budget)
+
+
+SHORT = {
+    "a whole frame": (b"", data_frame(1, b"hello"), 1),
+    "one that fills the window": (b"", data_frame(1, bytes(INITIAL_WINDOW_BYTES)), 1),
+    "one beyond the window": (b"", data_frame(1, bytes(INITIAL_WINDOW_BYTES + 1)), 0),
+    "no data": (b"", data_frame(1, b""), 0),
+    "less than a header": (b"", b"hello", 0),
+    "the rest of a header": (data_frame(1, b"")[:5], data_frame(1, b"hello"), 0),
+    "the rest of a frame": (frame(DATA, 0, 1, 50), data_frame(1, b"hello"), 0),
+    "half a frame": (b"", data_frame(1, b"hello")[:-1], 0),
+    "two frames": (b"", data_frame(1, b"hello") * 2, 0),
+    "an end": (b"", data_frame(1, b"hello", FIN), 0),
+    "a window": (b"", frame(WINDOW, 0, 1, 5, b"hello"), 0),
+    "a stream unknown": (b"", data_frame(3, b"hello"), 0),
+    "a stream that ended": (frame(WINDOW, FIN, 1, 0), data_frame(1, b"hello"), 0),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_the_short_way_takes_one_whole_data_frame_and_nothing_else(name: str) -> None:
+    """What it takes it takes as `receive` does, and what it does not it leaves untouched."""
+    before, data, expected = SHORT[name]
+    short, long = opened(), opened()
+    for yamux in (short, long):
+        yamux.receive(before)
+    untouched = state(short)
+    assert short.receive_whole(memoryview(data)) == expected
+    if not expected:
+        assert state(short) == untouched
+        return
+    assert long.receive(data) == [DataReceived(1, data[HEADER_BYTES:])]
+    long._data_id = short._data_id  # of a frame that is over
+    assert state(short) == state(long)
+
+
+@pytest.mark.parametrize("unread", [4, 5])
+def test_the_short_way_leaves_it_to_the_other_to_give_streams_up(unread: int) -> None:
+    for yamux in (opened(unread=unread), opened(budget=ReceiveBudget(unread))):
+        taken = yamux.receive_whole(memoryview(data_frame(1, b"hello")))
+        assert taken == (1 if unread == 5 else 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "size", "expected"), [(0, 4, 1), (0, 5, 1), (0, 6, 0), (FIN, 4, 1), (FIN, 5, 0)]
+)
+def test_the_short_way_takes_pieces_of_a_frame_but_never_its_end(
+    flags: int, size: int, expected: int
+) -> None:
+    short, long = opened(), opened()
+    for yamux in (short, long):
+        yamux.receive(frame(DATA, flags, 1, 5))
+    untouched = state(short)
+    assert short.receive_more(size) == expected
+    if expected:
+        assert long.receive(bytes(size)) == [DataReceived(1, bytes(size))]
+        assert state(short) == state(long)
+    else:
+        assert state(short) == untouched
+
+
+def test_the_short_way_takes_no_piece_that_nobody_has_room_for() -> None:
+    crowded = opened(unread=4)
+    crowded.receive(frame(DATA, 0, 1, 5))
+    assert crowded.receive_more(5) == 0
+    over = opened()
+    over.receive(frame(DATA, 0, 1, 5))
+    over.reset(1)
+    assert over.receive_more(5) == 0
 
 
 # Vectors ----------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from swarmpy.net.host import NativeHost
 from swarmpy.net.messages import MessageStream
 from swarmpy.proto.membership import NETWORKS_MAX, Done, Hello, Proofs, network_tag
 from swarmpy.testing.network import Link, SimNetwork
+from swarmpy.trust.conversations import PROTOCOL
 from swarmpy.trust.exchange import channel_binding
-from swarmpy.trust.membership import PROTOCOL
 
 WORK = ProtocolId("/swarmpy/work/1")
 DAY_S = 86400.0

@@ -11,7 +11,7 @@ from small_nodes import Clock, SmallNode, join, machine, small_node, until
 from trio.testing import MockClock
 
 from swarmpy.abc import WallSeconds
-from swarmpy.errors import MembershipError, NotAMember
+from swarmpy.errors import MembershipError, MembershipRevoked, NotAMember
 from swarmpy.identity import Identity
 from swarmpy.proto.membership import MEMBERSHIP_TTL_S, RENEW_BELOW_S, NotRenewed, Renew
 from swarmpy.proto.revocation import REVOCATION_TTL_S
@@ -85,6 +85,7 @@ async def test_a_revoked_member_is_refused_by_name_and_cannot_join_again(
         small_node("bob", machine(world, 2), tmp_path / "b") as bob,
     ):
         await join(bob, ann)
+        (membership,) = bob.membership.own_memberships().values()
         fresh = (await ann.membership.create_invite()).code
         ann.membership.revoke(bob.peer)
         await until(lambda: not peers(ann) and not bob.host.connections)
@@ -92,7 +93,7 @@ async def test_a_revoked_member_is_refused_by_name_and_cannot_join_again(
         await bob.host.dial(ann.peer, ann.host.addresses)
         with pytest.raises(NotAMember, match="revoked"):
             await bob.membership.confirm(ann.peer)
-        (membership,) = bob.membership.own_memberships().values()
+        assert not bob.membership.own_memberships()  # ann showed him why
         answer = renewal_for(
             bob.peer,
             Renew(proof=membership.proof),
@@ -105,9 +106,12 @@ async def test_a_revoked_member_is_refused_by_name_and_cannot_join_again(
         small_node("ann", machine(world, 1), tmp_path / "a") as ann,
         small_node("bob", machine(world, 2), tmp_path / "empty") as bob,
     ):
-        with pytest.raises(MembershipError):
+        with pytest.raises(MembershipRevoked, match=r"ann says .* was revoked") as refused:
             await bob.membership.redeem(fresh)
+        assert "new identity" in refused.value.fix
         assert peers(ann) == set()
+        (open_invite,) = ann.membership.invites()
+        assert open_invite.uses_left == 1
 
 
 async def test_a_node_that_was_away_learns_of_it_and_remembers(

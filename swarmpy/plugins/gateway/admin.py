@@ -18,7 +18,7 @@ from fastapi import FastAPI, Response
 from swarmpy.abc import Progress
 from swarmpy.config import INVITE_TTL_S
 from swarmpy.errors import SwarmError
-from swarmpy.plugins.gateway.bodies import CodeRequest, InviteRequest, ModelRequest, PeerRequest
+from swarmpy.plugins.gateway.bodies import CodeRequest, InviteRequest, ModelRequest, RevokeRequest
 from swarmpy.plugins.gateway.errors import INTERNAL, SHUTTING_DOWN, Refusal, refusal_of
 from swarmpy.plugins.gateway.guard import (
     ClientGone,
@@ -102,8 +102,10 @@ def _add_membership(app: FastAPI, node: Node) -> None:
         return json_response(await node.join(body.code))
 
     @app.post("/admin/revoke")
-    async def revoke(body: PeerRequest) -> Response:
-        return json_response(node.revoke(body.peer))
+    async def revoke(body: RevokeRequest) -> Response:
+        return json_response(
+            node.revoke(body.peer, network=body.network, is_rehearsal=body.is_rehearsal)
+        )
 
 
 class TaskResponse(Response):

@@ -195,10 +195,12 @@ class CodeRequest(_Body):
     code: str = Field(min_length=1, max_length=8192)
 
 
-class PeerRequest(_Body):
+class RevokeRequest(_Body):
     """The body of `POST /admin/revoke`."""
 
     peer: str = Field(min_length=1, max_length=256)
+    network: str = Field("", max_length=64)
+    is_rehearsal: bool = False
 
 
 class ProofRequest(_Body):

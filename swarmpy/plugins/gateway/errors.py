@@ -110,6 +110,7 @@ _TABLE: tuple[tuple[type[errors.SwarmError], int, str, str, Mapping[str, str] | 
     (errors.InviteForeign, 400, "invite_foreign", INVALID, None),
     (errors.InviteUsed, 409, "invite_used", INVALID, None),
     (errors.InviteExpired, 410, "invite_expired", INVALID, None),
+    (errors.MembershipRevoked, 403, "membership_revoked", INVALID, None),
     (errors.NotAMember, 403, "not_a_member", INVALID, None),
     (errors.MembershipError, 400, "membership_error", INVALID, None),
     (errors.PeerTimeout, 502, "peer_timeout", SERVER, None),

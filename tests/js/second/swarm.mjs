@@ -8,6 +8,7 @@ const MESSAGE_BYTES_MAX = 65536 // README.md
 const ENVELOPE_BYTES_MAX = 16 * 1024 // envelope.md
 const CODE_CHARACTERS_MAX = 2048, INVITE_BYTES_MAX = 1024, WORDS = 4, WORD_BITS = 11 // invite.md
 const CHAIN_MAX = 8, NETWORKS_MAX = 8, NAME_MAX = 64, RECORD_BYTES_MAX = 640 // membership.md
+const VOUCHER_BYTES = 8, VOUCHERS_MAX = 16, REVOCATION_BYTES_MAX = 6 * 1024
 const MEMBERSHIP_TTL_S = 30 * 86400, CLOCK_SKEW_S = 300
 const TIME_END = 253402300800 // the year 10000; README.md
 const NESTING_MAX = 32
@@ -129,14 +130,15 @@ const is = {
   list: (least, most, each) => value => Array.isArray(value) && value.length >= least && value.length <= most
     ? value.map(each)
     : refuse('not such an array'),
+  optional: (absent, check) => value => value === undefined ? absent : check(value),
   among: values => value => values.includes(value) ? value : refuse('not one of these')
 }
 const time = is.int(0, TIME_END)
 const proof = is.list(1, CHAIN_MAX, is.bytes(0, RECORD_BYTES_MAX))
 
-const elements = (data, checks) => {
+const elements = (data, checks, least = checks.length) => {
   const found = decode(data)
-  if (!Array.isArray(found) || found.length < checks.length) refuse('not such an array')
+  if (!Array.isArray(found) || found.length < least) refuse('not such an array')
   return checks.map((check, index) => check(found[index]))
 }
 
@@ -144,12 +146,12 @@ const MESSAGES = {
   invite: {
     redeem: { invite: is.bytes(0, INVITE_BYTES_MAX) },
     accepted: { proof },
-    refused: { reason: is.among(['malformed', 'foreign', 'expired', 'used', 'busy', 'unable']), wall_s: time }
+    refused: { reason: is.among(['malformed', 'foreign', 'expired', 'used', 'busy', 'unable', 'revoked']), wall_s: time }
   },
   membership: {
     hello: { tags: is.list(0, NETWORKS_MAX, is.bytes(32, 32)) },
     proofs: { proofs: is.list(0, NETWORKS_MAX, proof) },
-    done: { refusal: value => value === undefined ? '' : is.text(200)(value) },
+    done: { refusal: is.optional('', is.text(200)), revocation: is.optional(new Uint8Array(), is.bytes(0, REVOCATION_BYTES_MAX)) },
     renew: { proof },
     renewed: { proof },
     not_renewed: {}
@@ -270,13 +272,16 @@ export const networkTag = (network, binding, role = 'initiator') =>
   new Uint8Array(createHmac('sha256', network).update(`swarmpy-membership\0${role}\0`).update(binding).digest())
 
 export function verifyProof (records, wallS, expectedMember) {
-  let before = null, end = Infinity
+  let before = null, end = Infinity, vouched = 0
   for (const sealed of proof(records)) {
     const { key, payload, signer } = openEnvelope(sealed, 'swarmpy-membership', 'm')
-    const [, network, name, member, canInvite, , issued, notAfter] = elements(payload, [
-      is.among([1]), is.bytes(20, 20), is.name, is.text(64), is.bool, is.int(0, 2n ** 62n), time, time
-    ])
+    const [, network, name, member, canInvite, , issued, notAfter, vouchers] = elements(payload, [
+      is.among([1]), is.bytes(20, 20), is.name, is.text(64), is.bool, is.int(0, 2n ** 62n), time, time,
+      is.optional(new Uint8Array(), is.bytes(0, VOUCHER_BYTES * VOUCHERS_MAX))
+    ], 8)
     checkPeerId(member)
+    vouched += vouchers.length
+    if (vouchers.length % VOUCHER_BYTES || vouched > VOUCHER_BYTES * VOUCHERS_MAX) refuse('not such vouchers')
     const issuer = before?.member ?? peerIdOf(key)
     const hash = before?.hash ?? createHash('sha256').update(key.subarray(4)).digest().subarray(0, 20)
     if (!equal(network, hash) || signer !== issuer || before?.canInvite === false) refuse('the chain does not hold')
