@@ -29,8 +29,8 @@ START_S = 60.0
 DOWN_S = 45.0
 """Time between a crash and the restart."""
 
-TICK_S = 0.001
-"""Deliveries of one millisecond share one step of the clock."""
+TICK_S = 0.005
+"""Deliveries are rounded up to its multiples: those of five milliseconds share a step."""
 
 LINK = Link(latency_s=0.02, jitter_s=0.01)
 

@@ -1,13 +1,18 @@
 """Catching up: two neighbours compare what they know and exchange what differs, no more.
 
 The roots of equal tables are equal; where they differ the comparison goes down by the keys' first
-digits, and the entries below are listed. Spec: protocols/announce.md, section 6.
+digits, and the entries below are listed. Spec: protocols/announce.md, States.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from functools import partial
+
 import trio
 
+from swarmpy.discovery.limits import Budgets
 from swarmpy.discovery.link import Link
 from swarmpy.discovery.spreading import Spreading
 from swarmpy.discovery.trust import Trust
@@ -20,6 +25,7 @@ from swarmpy.proto.summary import (
     PREFIX_MAX,
     check_prefix,
     differing,
+    is_gone,
     pack_entries,
     unpack_entries,
 )
@@ -27,10 +33,22 @@ from swarmpy.proto.summary import (
 COMPARE_INTERVAL_S = 60.0
 """Between two comparisons with some neighbour: what no other way brought comes within minutes."""
 
-COMPARISONS_MAX = 2
+COMPARISONS_MAX = 1
+ANSWERED_MAX = 2
 COMPARISON_S = 0.3
-"""Comparisons at a time, and how long one is under way: of eight neighbours met at once not each
-must send the whole table."""
+"""Comparisons at a time that this node begins, and that others begin with it, and how long one is
+under way: of eight neighbours met at once one sends the whole table, not each."""
+
+WAIT_S_MIN = 0.02
+
+ROOTS_MAX = 64
+ROOTS_PER_S = 1.0
+"""Roots of one neighbour that are looked at: one a minute for each network, more where the
+neighbours' tables change. Another's turn must come however many somebody sends."""
+
+OTHERS_PAUSE_S = 2.0
+"""From a comparison that brought much to those with the other neighbours: while many nodes start
+every comparison brings much, and would be followed by one with everybody."""
 
 LISTED_MAX = 32
 """Entries under one prefix that are listed (512 bytes) instead of another level of hashes."""
@@ -43,8 +61,12 @@ class CatchUp:
         self._spreading = spreading
         self._environment = environment
         self._trust = trust
-        self._until_s: dict[PeerId, float] = {}
+        self._begun: dict[PeerId, float] = {}
+        self._answered: dict[PeerId, float] = {}
+        """Comparisons under way, and when their time is over."""
         self._waiting: dict[PeerId, None] = {}
+        self._others_s = -math.inf
+        self._roots = Budgets(count_max=ROOTS_MAX, per_s=ROOTS_PER_S)
 
     def run(self) -> None:
         """Compare with some neighbour now and from then on, by the agenda."""
@@ -57,14 +79,27 @@ class CatchUp:
         self._spreading.agenda.after(pause_s, self.run)
 
     def soon(self, link: Link) -> None:
-        """Compare with a neighbour as soon as the comparisons under way have had their time."""
-        if self._engage(link.peer):
+        """Compare with a neighbour as soon as those that wait already have had their time."""
+        if not self._waiting and _engage(self._begun, link.peer, count_max=COMPARISONS_MAX):
             self._compare(link)
         elif link.peer not in self._waiting:
             if not self._waiting:
-                wait_s = min(self._until_s.values()) - trio.current_time()
-                self._spreading.agenda.after(wait_s, self._compare_next)
+                wait_s = min(self._begun.values()) - trio.current_time()
+                # The agenda's times are rounded: no look again at the very moment of this one.
+                self._spreading.agenda.after(max(wait_s, WAIT_S_MIN), self._compare_next)
             self._waiting[link.peer] = None
+
+    def with_others(self, peer: PeerId) -> None:
+        """Compare with all neighbours but one, which brought much that they may lack, soon."""
+        now_s = trio.current_time()
+        if now_s >= self._others_s:
+            self._others_s = now_s + OTHERS_PAUSE_S
+            self._spreading.agenda.after(OTHERS_PAUSE_S, partial(self._compare_others, peer))
+
+    def _compare_others(self, peer: PeerId) -> None:
+        for other in sorted(self._spreading.links):
+            if other != peer:
+                self.soon(self._spreading.links[other])
 
     def _compare_next(self) -> None:
         """Compare with the neighbours that wait, as many as may, and put the others off again."""
@@ -72,17 +107,6 @@ class CatchUp:
         for peer in waiting:
             if (link := self._spreading.links.get(peer)) is not None:
                 self.soon(link)
-
-    def _engage(self, peer: PeerId) -> bool:
-        """Whether a comparison with a peer may go on now; it is under way then."""
-        now_s = trio.current_time()
-        over = [other for other, until_s in self._until_s.items() if until_s <= now_s]
-        for other in over:
-            del self._until_s[other]
-        if peer not in self._until_s and len(self._until_s) >= COMPARISONS_MAX:
-            return False
-        self._until_s[peer] = now_s + COMPARISON_S
-        return True
 
     def _compare(self, link: Link) -> None:
         self._sweep()
@@ -97,11 +121,13 @@ class CatchUp:
             return
         link, network_id = found
         link.has_compared = True
+        if not self._roots.take(peer, now_s=trio.current_time()):
+            return
         self._sweep()
         summary = self._spreading.table.summary(network_id)
         if summary.root == message.root:
             return
-        if not self._engage(peer):
+        if not _engage(self._answered, peer, count_max=ANSWERED_MAX):
             self.soon(link)
         else:
             branch = Branch(prefix="", hashes=summary.children(""))
@@ -111,8 +137,9 @@ class CatchUp:
         """A neighbour tells one level of hashes: answer with the next, or with entries.
 
         Raises:
-            BadMessage: A prefix is none.
+            BadMessage: A prefix is none, or there twice.
         """
+        _check_prefixes(message.branches, peer)
         found = self._shared(message.network, peer)
         if found is None:
             return
@@ -120,7 +147,6 @@ class CatchUp:
         summary = self._spreading.table.summary(network_id)
         prefixes: list[str] = []
         for branch in message.branches:
-            check_prefix(branch.prefix)
             if len(branch.prefix) >= PREFIX_MAX:
                 raise BadMessage(f"no prefix is longer than {branch.prefix!r}", peer=peer)
             ours = summary.children(branch.prefix)
@@ -145,23 +171,27 @@ class CatchUp:
         """A neighbour lists its entries: send what it lacks, ask for what is missing here.
 
         Raises:
-            BadMessage: A prefix is none, or the entries are not whole.
+            BadMessage: A prefix is none, or there twice, or the entries are not whole.
         """
+        _check_prefixes(message.parts, peer)
         found = self._shared(message.network, peer)
         if found is None:
             return
         link, network_id = found
         theirs: dict[bytes, int] = {}
         for part in message.parts:
-            check_prefix(part.prefix)
             theirs.update(unpack_entries(part.entries))
         lacking: list[bytes] = []
         for length in range(PREFIX_MAX + 1):
             alike = [part.prefix for part in message.parts if len(part.prefix) == length]
             for entries in self._spreading.table.entries(network_id, alike).values():
-                lacking += [key for key, version in entries if version > theirs.get(key, -1)]
-        version_of = self._spreading.table.version
-        missing = [key for key, version in theirs.items() if version > version_of(key)]
+                lacking += [key for key, version in entries if _is_news(version, theirs.get(key))]
+        stored = self._spreading.table.get
+        missing = [
+            key
+            for key, version in theirs.items()
+            if _is_news(version, record.version if (record := stored(key)) is not None else None)
+        ]
         self._spreading.answer(link, lacking)
         if missing:
             link.want(missing)
@@ -173,4 +203,32 @@ class CatchUp:
         return (link, network_id) if link is not None and is_shared else None
 
     def _sweep(self) -> None:
-        self._spreading.table.sweep(wall_s=self._environment.wall_time())
+        wall_s = self._environment.wall_time()
+        self._spreading.table.sweep(wall_s=wall_s, now_s=trio.current_time())
+
+
+def _engage(under_way: dict[PeerId, float], peer: PeerId, *, count_max: int) -> bool:
+    """Whether a comparison with a peer may go on now; nobody's time is longer for asking again."""
+    now_s = trio.current_time()
+    for other in [other for other, until_s in under_way.items() if until_s <= now_s]:
+        del under_way[other]
+    if peer not in under_way and len(under_way) >= count_max:
+        return False
+    under_way.setdefault(peer, now_s + COMPARISON_S)
+    return True
+
+
+def _is_news(version: int, known: int | None) -> bool:
+    """Whether a record is of use to who knows a version, or None; a death, only to who did not know
+    that the member is gone."""
+    if known is None:
+        return not is_gone(version)
+    return version > known and not (is_gone(version) and is_gone(known))
+
+
+def _check_prefixes(parts: Sequence[Branch] | Sequence[Part], peer: PeerId) -> None:
+    """Refuse prefixes that are none, or there twice: each costs a look at what is under it."""
+    for part in parts:
+        check_prefix(part.prefix)
+    if len({part.prefix for part in parts}) < len(parts):
+        raise BadMessage("a prefix is there twice", peer=peer)

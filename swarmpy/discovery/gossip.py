@@ -20,6 +20,7 @@ import trio
 from swarmpy.abc import Host, Stream
 from swarmpy.discovery.agenda import Agenda
 from swarmpy.discovery.catchup import CatchUp
+from swarmpy.discovery.limits import Budgets
 from swarmpy.discovery.link import PROTOCOL, Link
 from swarmpy.discovery.liveness import Liveness
 from swarmpy.discovery.records import Record, RecordTable
@@ -54,18 +55,28 @@ from swarmpy.proto.announce import (
 from swarmpy.proto.endpoint import advertised
 from swarmpy.proto.membership import NAME_MAX, Membership
 from swarmpy.proto.revocation import SignedRevocation, open_revocation
-from swarmpy.proto.summary import record_key
-from swarmpy.proto.swim import open_statement, seal_statement
+from swarmpy.proto.summary import PREFIX_MAX, record_key
+from swarmpy.proto.swim import SignedStatement, open_statement, seal_statement
 
 logger = logging.getLogger(__name__)
 
 CHECK_INTERVAL_S = 10.0
 """How often this node's own addresses and the age of its announcement are looked at."""
 
-BURST_RECORDS = 200
-BURST_PAUSE_S = 0.2
-"""After this many records on one stream it is not read for a moment: a thousand signatures a
-second cost a tenth of a core."""
+WORK_MAX = 200.0
+WORK_PER_S = 1000.0
+"""Work that one peer may make at once and in the long run, in signatures: beyond it none of its
+streams is read for a moment. A thousand signatures a second cost a tenth of a core."""
+
+WORK_PER_MESSAGE = 0.1
+WORK_PER_BYTE = 1 / 1000
+"""Of any message, and of what it lists: 60 entries are looked up in the time of a signature."""
+
+WORK_PER_PREFIX = 0.5
+"""Of a prefix of a whole table's entries; a shorter one costs sixteen times as much a digit."""
+
+REVOCATION_BYTES = 640
+"""So much of a revocation's chain has a signature of its own."""
 
 BREACH_PENALTY = 10
 
@@ -73,15 +84,22 @@ PUBLISH_SPACING_S = 0.5
 PUBLISH_BURST = 4
 """Announcements at once, and the time until one more: each goes to everybody."""
 
+REFUTE_BURST = 4
+REFUTE_SPACING_S = 2.5
+"""Refutations at once, and the time between more. One answers all that were said before it, and
+must be everywhere within `SUSPICION_S` of the first of these: half of that is for the ways there
+and back. There is no budget for each accuser here: one would be spent on this node alone by an
+accuser that is believed elsewhere."""
+
 CLOCK_WARNING_INTERVAL_S = 60.0
 """How often a clock that is wrong is spoken of: its node announces itself again and again."""
 
 ALONE_S = 10.0
 """A node whose last neighbour was lost so long ago, and that found no other, sees nobody."""
 
-EAGER_MIN = 3
-"""Neighbours that records are pushed to from the start; to more of them every record would go many
-times before the tree is found. Who lacks something asks for it, and is pushed to from then on."""
+PASSED_ON_MAX = 16
+"""Records in one answer that are passed on one by one. With more, tables are compared: a newcomer
+is sent a whole table that its neighbours have, and after a cut each side lacks half of it."""
 
 FIRST_ROOT_S = 0.5
 """Whoever dialled compares first. What it sent before this node took it for a member was refused,
@@ -141,12 +159,15 @@ class Gossip:
         self._next_wall_s = 0.0
         self._published = deque([-math.inf] * PUBLISH_BURST, maxlen=PUBLISH_BURST)
         self._is_publishing = False
+        self._is_running = False
         self._is_refuting = False
+        self._refuted = deque([-math.inf] * REFUTE_BURST, maxlen=REFUTE_BURST)
+        self._work = Budgets(count_max=WORK_MAX, per_s=WORK_PER_S)
         self._alone_since_s = math.inf
         self._warned_s = -math.inf
         self._has_left = False
         self._agenda = Agenda()
-        self._table = RecordTable()
+        self._table = RecordTable(identity.peer_id)
         self.links: dict[PeerId, Link] = {}
         self.spreading = Spreading(self._table, self.links, self._agenda, environment)
         self._catchup = CatchUp(self.spreading, environment, trust)
@@ -171,7 +192,12 @@ class Gossip:
             self.publish()
 
     def publish(self) -> None:
-        """Announce this node anew: now, or a little later where it did so often of late."""
+        """Announce this node anew: now, or a little later where it did so often of late.
+
+        Before `run` nothing is said: a node that starts finds out about itself bit by bit.
+        """
+        if not self._is_running:
+            return
         wait_s = self._published[0] + PUBLISH_BURST * PUBLISH_SPACING_S - trio.current_time()
         if wait_s <= 0:
             self._publish()
@@ -221,10 +247,24 @@ class Gossip:
 
     def _refute(self, seq: int) -> None:
         """Somebody says that this node is gone, or knows it by a higher number: speak louder."""
-        if seq >= self._seq and not self._has_left:
-            self._seq = seq
-            self._is_refuting = True
-            self.publish()
+        if seq < self._seq or self._has_left:
+            return
+        self._seq = seq
+        if self._is_refuting:
+            return
+        self._is_refuting = True
+        now_s = trio.current_time()
+        if now_s >= self._refuted[0] + REFUTE_BURST * REFUTE_SPACING_S:
+            self._refute_now()
+        else:
+            wait_s = max(0.0, self._refuted[-1] + REFUTE_SPACING_S - now_s)
+            self._agenda.after(wait_s, self._refute_now)
+
+    def _refute_now(self) -> None:
+        """Publish a refutation, unless something else to tell made one of itself meanwhile."""
+        if self._is_refuting and self._is_running:
+            self._refuted.append(trio.current_time())
+            self._publish()
 
     async def leave(self) -> None:
         """Tell the neighbours that this node is leaving; nothing is announced after that."""
@@ -295,11 +335,14 @@ class Gossip:
             self._host,
             peer,
             trust=self._trust,
+            agenda=self._agenda,
             record_of=self.spreading.newest,
             on_broken=self._catchup.soon,
         )
-        link.is_eager = sum(item.is_eager for item in self.links.values()) < EAGER_MIN
         self.links[peer] = link
+        self.spreading.hold_on()
+        if self._alone_since_s < math.inf:
+            self.liveness.look_again()
         self._alone_since_s = math.inf
         connection = self._host.connection_to(peer)
         if connection is not None and connection.direction == "outbound":
@@ -318,6 +361,7 @@ class Gossip:
         link = self.links.pop(peer, None)
         if link is not None:
             link.scope.cancel()
+            self.spreading.hold_on()
             if not self.links:
                 self._alone_since_s = trio.current_time()
         return link
@@ -325,7 +369,8 @@ class Gossip:
     def networks_changed(self) -> None:
         """This node is in a network more or less: announce, forget, and compare with everybody."""
         self._table.drop_networks(self._trust.own_memberships())
-        self._publish()
+        if self._is_running:
+            self._publish()
         for link in self.links.values():
             self._catchup.soon(link)
 
@@ -335,6 +380,7 @@ class Gossip:
         """Repeat this node's announcements, watch the neighbours and compare with them."""
         for revocation in self._trust.revocations():
             self._table.add(revocation)
+        self._is_running = True
         self._publish()
         self._agenda.after(0.0, self.liveness.run)
         self._agenda.after(CHECK_INTERVAL_S, self._check)
@@ -352,16 +398,13 @@ class Gossip:
     async def _serve(self, stream: Stream) -> None:
         messages = MessageStream(stream)
         kinds = cast("type[Message]", Message)
-        count = 0
         try:
             while (message := await messages.receive_or_end(kinds)) is not None:
                 self._handle(message, stream.peer)
-                if isinstance(message, Records):
-                    count += len(message.announcements) + len(message.statements)
-                    count += len(message.revocations)
-                if count >= BURST_RECORDS:
-                    count = 0
-                    await trio.sleep(BURST_PAUSE_S)
+                now_s = trio.current_time()
+                pause_s = self._work.spend(stream.peer, _work_of(message), now_s=now_s)
+                if pause_s:
+                    await trio.sleep(pause_s)
         except RemoteProtocolError as error:
             error.penalty = BREACH_PENALTY
             raise
@@ -403,14 +446,15 @@ class Gossip:
         """
         wall_s = self._environment.wall_time()
         networks = self._trust.shared_networks(deliverer)
-        is_new = True
+        known = 0
+        is_bulk = records.is_answer and records.count > PASSED_ON_MAX
         for sealed in records.revocations:
             try:
                 revocation = open_revocation(sealed, wall_s=wall_s)
             except StaleRecord:
                 continue
             if revocation.network_id in networks:
-                is_new = self._take_revocation(revocation, deliverer) and is_new
+                known += not self._take_revocation(revocation, deliverer)
         for sealed in records.announcements:
             try:
                 signed = open_announcement(sealed, wall_s=wall_s)
@@ -420,15 +464,17 @@ class Gossip:
             except StaleRecord:
                 continue  # Ordinary gossip.
             if signed.network_id in networks:
-                is_new = self._take_announcement(signed, deliverer) and is_new
+                known += not self._take_announcement(signed, deliverer, is_bulk=is_bulk)
         for sealed in records.statements:
             try:
                 statement = open_statement(sealed, wall_s=wall_s)
             except StaleRecord:
                 continue
             if statement.network_id in networks:
-                is_new = self.liveness.stated(statement, deliverer) and is_new
-        if not is_new and not records.is_answer:
+                known += not self.liveness.stated(statement, deliverer)
+        if is_bulk and known < records.count:
+            self._catchup.with_others(deliverer)
+        if not records.is_answer and 2 * known >= max(1, records.count):
             self.spreading.is_known(deliverer)
 
     def _warn_of_clock(self, error: ClockSkew) -> None:
@@ -438,12 +484,16 @@ class Gossip:
             self._warned_s = now_s
             logger.warning("announce.clock_skew", extra={"error": str(error)})
 
-    def _take_announcement(self, signed: SignedAnnouncement, deliverer: PeerId) -> bool:
+    def _take_announcement(
+        self, signed: SignedAnnouncement, deliverer: PeerId, *, is_bulk: bool
+    ) -> bool:
         """Store an announcement; False if it, or a newer one, was here already."""
         former = self._table.get(signed.key)
         if former is not None and signed.version <= former.version:
             if (link := self.links.get(deliverer)) is not None:
                 link.heard(signed.key)
+                if isinstance(former, SignedStatement):
+                    self.spreading.answer(link, [signed.key])  # It is gone, which is news there.
             return False
         if signed.peer == self._identity.peer_id:
             # This node's own word from before its clock was set back.
@@ -453,27 +503,55 @@ class Gossip:
             return True
         is_urgent = self.liveness.refuted(signed)
         is_refresh = isinstance(former, SignedAnnouncement) and former.contents == signed.contents
-        self.spreading.spread(signed, source=deliverer, is_refresh=is_refresh, is_urgent=is_urgent)
+        if is_urgent or not is_bulk:
+            self.spreading.spread(
+                signed, source=deliverer, is_refresh=is_refresh, is_urgent=is_urgent
+            )
         self._on_record(signed)
         return True
 
     def _take_revocation(self, revocation: SignedRevocation, deliverer: PeerId) -> bool:
         if self._table.version(revocation.key) >= revocation.version:
             return False
-        self._trust.take_revocation(revocation)
-        self.revoked(revocation, source=deliverer)
+        if self._trust.take_revocation(revocation):
+            self.revoked(revocation, source=deliverer)
         return True
 
     def revoked(self, revocation: SignedRevocation, *, source: PeerId | None = None) -> None:
-        """Pass on a revocation that was taken, and drop the records that it makes void."""
-        stored = self._table.get(revocation.key)
-        if not self._table.add(revocation):
-            return
-        self.spreading.suspicions.pop(revocation.key, None)
-        self.spreading.spread(revocation, source=source)
-        if isinstance(stored, SignedAnnouncement):
-            self._on_gone(stored)
+        """Drop the records that a revocation makes void, which membership took; pass it on.
+
+        Whoever is revoked is out whether or not there is room to tell of it.
+        """
         for record in list(self._table.announced()):
             if self._trust.is_void(record.membership):
+                self.spreading.suspicions.pop(record.key, None)
                 self._table.remove(record)
                 self._on_gone(record)
+        self._on_gone(revocation)
+        is_own = revocation.network_id in self._trust.own_memberships()
+        if is_own and self._table.add(revocation):
+            self.spreading.spread(revocation, source=source)
+
+
+def _work_of(message: Message) -> float:
+    """Return what a message costs whoever gets it, in signatures."""
+    work = WORK_PER_MESSAGE
+    match message:
+        case Records():
+            chains = sum(len(item) // REVOCATION_BYTES for item in message.revocations)
+            work += message.count + chains
+        case Have():
+            work += len(message.entries) * WORK_PER_BYTE
+        case Want():
+            work += len(message.keys) * WORK_PER_BYTE
+        case Branches() | Listing():
+            parts = message.parts if isinstance(message, Listing) else message.branches
+            digits = (PREFIX_MAX - len(part.prefix) for part in parts)
+            work += sum(WORK_PER_PREFIX * 16**missing / 16 for missing in digits)
+            if isinstance(message, Listing):
+                work += sum(len(part.entries) for part in message.parts) * WORK_PER_BYTE
+        case Probe() | Root():
+            work += 1
+        case Alive() | Leave() | Prune():
+            pass
+    return work

@@ -1,7 +1,7 @@
 """How often hearsay may make this node dial: nobody can aim it at a victim.
 
 Addresses that were never dialled with success are hearsay; the others are not counted here.
-Spec: protocols/announce.md, section 5.
+Spec: protocols/announce.md, section 3.
 """
 
 from __future__ import annotations
@@ -90,11 +90,21 @@ class Budgets:
         spent, since_s = self._spent.get(peer, (0.0, now_s))
         spent = max(0.0, spent - (now_s - since_s) * self._per_s)
         is_left = spent <= self._count_max - 1
-        self._spent[peer] = (spent + is_left, now_s)
+        self._remember(peer, spent + is_left, now_s)
+        return is_left
+
+    def spend(self, peer: PeerId, cost: float, *, now_s: float) -> float:
+        """Count what a peer had already; return for how many seconds it is to have no more."""
+        spent, since_s = self._spent.get(peer, (0.0, now_s))
+        spent = max(0.0, spent - (now_s - since_s) * self._per_s) + cost
+        self._remember(peer, spent, now_s)
+        return max(0.0, spent - self._count_max) / self._per_s
+
+    def _remember(self, peer: PeerId, spent: float, now_s: float) -> None:
+        self._spent[peer] = (spent, now_s)
         self._spent.move_to_end(peer)
         if len(self._spent) > BUDGETS_MAX:
             self._spent.popitem(last=False)
-        return is_left
 
 
 def _until(times: list[NowSeconds], count_max: int, now_s: NowSeconds) -> float:

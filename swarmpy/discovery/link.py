@@ -1,7 +1,7 @@
 """One neighbour: what it is to be sent, and the task that sends it on a stream of its own.
 
 What waits is kept by record, not by message, so that a slow neighbour gets the newest of each and
-costs no more than the table. Spec: protocols/announce.md, section 2.
+costs no more than the table. Spec: protocols/announce.md, States.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 import trio
 
 from swarmpy.abc import Connection, Host, ProtocolId
+from swarmpy.discovery.agenda import Agenda
 from swarmpy.discovery.records import Record
 from swarmpy.discovery.trust import Trust
 from swarmpy.errors import NetworkError, RemoteProtocolError
@@ -31,6 +32,7 @@ from swarmpy.proto.announce import (
     SignedAnnouncement,
     Want,
 )
+from swarmpy.proto.membership import NetworkId
 from swarmpy.proto.revocation import SignedRevocation
 from swarmpy.proto.summary import pack_entries
 
@@ -38,10 +40,11 @@ logger = logging.getLogger(__name__)
 
 PROTOCOL = ProtocolId(proto.PROTOCOL)
 
-COALESCE_S = 0.02
 PUSH_SPACING_S = 0.2
-"""Records this close together go out as one message: the first ones at once, in a storm (many nodes
-start, a network heals) those of a fifth of a second."""
+PUSH_SPACING_S_MAX = 1.0
+"""Between two messages of pushed records: the first goes out at once, the next so much later, and
+twice that while there is always more. In a storm (many nodes start, a network heals) the records of
+a second share a message, and most of what a message costs."""
 
 REOPEN_PAUSE_S = 0.5
 REOPEN_PAUSE_S_MAX = 60.0
@@ -49,6 +52,10 @@ REOPEN_PAUSE_S_MAX = 60.0
 
 CONTROLS_MAX = 256
 """Questions and answers waiting for one neighbour; beyond it the oldest are forgotten."""
+
+SHARED_S = 1.0
+"""For so long a network that the neighbour was found to share is taken to be shared still: it is
+looked at for each record, and once more before one is sent."""
 
 LEAVE_GRACE_S = 1.0
 """From the last word on a connection that is given up to its end."""
@@ -69,17 +76,19 @@ class Link:
         peer: PeerId,
         *,
         trust: Trust,
+        agenda: Agenda,
         record_of: Callable[[bytes], Record | None],
         on_broken: Callable[[Link], None],
     ) -> None:
         """Prepare to send.
 
         Args:
+            agenda: Wakes this up when more may be pushed.
             record_of: The record of a key, as it is when it is sent.
             on_broken: Called when a stream broke: what was sent last may not have arrived.
         """
         self.peer = peer
-        self.is_eager = True
+        self.is_eager = False
         self.since_s = trio.current_time()
         self.has_parted = False
         self.has_compared = False
@@ -87,6 +96,7 @@ class Link:
         self.scope = trio.CancelScope()
         self._host = host
         self._trust = trust
+        self._agenda = agenda
         self._record_of = record_of
         self._on_broken = on_broken
         self._pushes: dict[bytes, None] = {}
@@ -94,10 +104,22 @@ class Link:
         self._haves: dict[bytes, int] = {}
         self._controls: deque[Message] = deque(maxlen=CONTROLS_MAX)
         self._wake = trio.Event()
+        self._shared: frozenset[NetworkId] = frozenset()
+        self._shared_until_s = -math.inf
         self._connection: Connection | None = None
         self._is_sending = False
         self._is_superseded = False
-        self._push_at_s = self._pushed_s = -math.inf
+        self._is_push_due = False
+        self._pushed_s = -math.inf
+        self._push_spacing_s = PUSH_SPACING_S
+
+    def shares(self, network_id: NetworkId) -> bool:
+        """Whether the neighbour is in a network of this node: it hears of no other's members."""
+        now_s = trio.current_time()
+        if now_s >= self._shared_until_s or network_id not in self._shared:
+            self._shared = self._trust.shared_networks(self.peer)
+            self._shared_until_s = now_s + SHARED_S
+        return network_id in self._shared
 
     @property
     def is_drained(self) -> bool:
@@ -121,13 +143,29 @@ class Link:
 
     # What is to be sent ---------------------------------------------------------------
 
-    def push(self, key: bytes) -> None:
-        """Send a record; what is newer of it by then."""
-        if not self._pushes:
-            now_s = trio.current_time()
-            self._push_at_s = max(now_s + COALESCE_S, self._pushed_s + PUSH_SPACING_S)
-            self._wake.set()
+    def push(self, key: bytes, *, is_urgent: bool = False) -> None:
+        """Send a record, or what is newer of it by then; an urgent one takes the others along."""
+        if is_urgent:
+            self._push_waiting()
+        elif not self._pushes:
+            wait_s = self._pushed_s + self._push_spacing_s - trio.current_time()
+            self._is_push_due = wait_s <= 0
+            if self._is_push_due:
+                self._wake.set()
+            else:
+                self._agenda.after(wait_s, self._push_waiting)
         self._pushes[key] = None
+
+    def _push_waiting(self) -> None:
+        self._is_push_due = True
+        self._wake.set()
+
+    def _space_pushes(self) -> None:
+        now_s = trio.current_time()
+        is_storm = now_s < self._pushed_s + 2 * self._push_spacing_s
+        spacing_s = 2 * self._push_spacing_s if is_storm else PUSH_SPACING_S
+        self._push_spacing_s = min(spacing_s, PUSH_SPACING_S_MAX)
+        self._pushed_s = now_s
 
     def answer(self, key: bytes) -> None:
         """Send a record that was asked for."""
@@ -150,7 +188,9 @@ class Link:
         self._wake.set()
 
     def want(self, keys: list[bytes], *, is_graft: bool = False) -> None:
-        """Ask for records."""
+        """Ask for records, and maybe to be pushed what comes from now on."""
+        if is_graft and not keys:
+            self.say(Want(keys=b"", is_graft=True))
         for start in range(0, len(keys), ENTRIES_PER_MESSAGE_MAX):
             asked = b"".join(keys[start : start + ENTRIES_PER_MESSAGE_MAX])
             self.say(Want(keys=asked, is_graft=is_graft))
@@ -212,23 +252,20 @@ class Link:
     async def _wait_work(self) -> None:
         while not self._has_work():
             self._wake = trio.Event()
-            with trio.move_on_at(self._push_at_s if self._pushes else math.inf):
-                await self._wake.wait()
+            await self._wake.wait()
 
     def _has_work(self) -> bool:
         is_urgent = bool(self._controls or self._answers or self._haves or self._is_superseded)
-        return is_urgent or self._may_push()
-
-    def _may_push(self) -> bool:
-        return bool(self._pushes) and trio.current_time() >= self._push_at_s
+        return is_urgent or (self._is_push_due and bool(self._pushes))
 
     def _next(self) -> Message | None:
         if self._controls:
             return self._controls.popleft()
         if self._answers and (records := self._take_records(self._answers, is_answer=True)):
             return records
-        if self._may_push() and (records := self._take_records(self._pushes, is_answer=False)):
-            self._pushed_s = trio.current_time()
+        is_due = self._is_push_due and bool(self._pushes)
+        if is_due and (records := self._take_records(self._pushes, is_answer=False)):
+            self._space_pushes()
             return records
         if self._haves:
             told = list(self._haves.items())[:ENTRIES_PER_MESSAGE_MAX]

@@ -2,7 +2,7 @@
 
 One task decides, however many peers are known: it dials members until eight are connected, looks at
 strangers once, and gives idle connections up beyond sixteen. A swarm of up to nine is fully meshed.
-Spec: protocols/announce.md, sections 3 and 7.
+Spec: protocols/announce.md, section 3 and States.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from swarmpy.environment import Environment
 from swarmpy.errors import (
     DialFailed,
     MembershipError,
+    MembershipRevoked,
     NetworkError,
     NotAMember,
     RemoteProtocolError,
@@ -38,9 +39,17 @@ NEIGHBOURS_MIN = 8
 """Connections to members that a node sees to. With eight each, a network of 1,000 where one in ten
 vanishes at once stays whole, and word goes round in four hops."""
 
+NEIGHBOURS_SOON = 5
+FILL_INTERVAL_S = 5.0
+"""In a larger network so many are dialled at once, and then one in so much time, about: the others
+dial too. Where all dialled eight, all had sixteen, and twice the cost of them."""
+
 NEIGHBOURS_MAX = 16
 """Connections to members beyond which idle ones are given up. Strangers do not count: a crowd of
 them must not keep this node from its network."""
+
+DRAWN_MAX = 64
+"""Members looked at to find a few that were never met; the table may hold thousands."""
 
 DIALS_MAX = 16
 """Dials under way at a time."""
@@ -102,6 +111,7 @@ class Neighbourhood:
         self._start = start
         self._wake = trio.Event()
         self._dials: dict[PeerId, float] = {}
+        self._next_fill_s = -math.inf
         self._reaching: dict[PeerId, None] = {}
         self._buried: dict[PeerId, tuple[Address, ...]] = {}
 
@@ -143,11 +153,22 @@ class Neighbourhood:
             while len(self._buried) > NEIGHBOURS_MAX * NEIGHBOURS_MAX:
                 del self._buried[next(iter(self._buried))]
 
+    def forget(self, peer: PeerId) -> None:
+        """Whoever was revoked in the last network in common is a stranger: it is not looked for."""
+        self._buried.pop(peer, None)
+        self._reaching.pop(peer, None)
+        if (entry := self._book.get(peer)) is not None:
+            self._book.disown(entry)
+            entry.refused_until_s = math.inf
+
     def reach(self, peer: PeerId) -> None:
-        """Dial a member now, whether it is needed as a neighbour or not (`Liveness`)."""
+        """Dial a member now, whether it is needed as a neighbour or not (`Liveness`).
+
+        One that is connected and silent is not dialled: another is looked for in its place.
+        """
         if self._host.connection_to(peer) is None:
             self._reaching[peer] = None
-            self.wake_up()
+        self.wake_up()
 
     async def connect(self, peer: PeerId) -> Connection:
         """Return a connection to a member; dial it where it was reached, or says that it is.
@@ -203,8 +224,8 @@ class Neighbourhood:
         for peer in list(self._reaching):
             del self._reaching[peer]
             entry = self._entry_of(peer)
-            if entry is None or entry.is_dialling or not self._dial(entry):
-                self._gossip.liveness.unreached(peer)
+            if entry is not None and not entry.is_dialling:
+                self._dial(entry)
         waiting: list[Peer] = []
         next_s = math.inf
         for entry in sorted(self._book, key=_by_peer):
@@ -220,22 +241,23 @@ class Neighbourhood:
     def _fill(self, known: Sequence[Peer], now_s: float) -> float:
         """Dial members until there are enough; return when to look again."""
         fresh = [item for item in self._dials.values() if item + SLOW_DIAL_S > now_s]
-        missing = NEIGHBOURS_MIN - len(self._gossip.links) - len(fresh)
+        present = self._heard_count() + len(fresh)
+        missing = NEIGHBOURS_MIN - present
         if missing <= 0:
             return min(fresh, default=math.inf) + SLOW_DIAL_S
-        if self._gossip.table.announcement_count > NEIGHBOURS_MAX:
-            # Half of them now: where many start together the others dial this node meanwhile.
-            missing = (missing + 1) // 2
+        is_large = self._gossip.table.announcement_count > NEIGHBOURS_MAX
+        if is_large and present >= NEIGHBOURS_SOON:
+            if now_s < self._next_fill_s:
+                return self._next_fill_s
+            missing = 1
+        elif is_large:
+            missing = NEIGHBOURS_SOON - present
+        self._next_fill_s = now_s + self._about(2 * FILL_INTERVAL_S)
         unconnected = [item for item in known if self._host.connection_to(item.peer) is None]
         due = [entry for entry in unconnected if entry.is_due(now_s)]
         candidates = self._in_random_order(due)
         candidates.sort(key=lambda entry: self._gossip.announcement(entry.peer) is None)
-        in_view = [
-            record.peer
-            for record in self._gossip.table.announced()
-            if self._book.get(record.peer) is None and record.peer != self._host.identity.peer_id
-        ]
-        strangers = self._environment.random.sample(in_view, min(missing, len(in_view)))
+        strangers = self._strangers(missing)
         for entry in (*candidates, *filter(None, map(self._entry_of, strangers))):
             if missing and self._dial(entry):
                 missing -= 1
@@ -247,6 +269,23 @@ class Neighbourhood:
             if not entry.is_dialling and (entry.proven or entry.claimed)
         ]
         return min((time_s for time_s in times if time_s > now_s), default=math.inf)
+
+    def _strangers(self, count: int) -> list[PeerId]:
+        """Return some members in view, by chance, that have no entry yet."""
+        records = list(self._gossip.table)
+        drawn = self._environment.random.sample(records, min(DRAWN_MAX, len(records)))
+        own = self._host.identity.peer_id
+        peers = [record.peer for record in drawn if isinstance(record, SignedAnnouncement)]
+        return [peer for peer in peers if peer != own and self._book.get(peer) is None][:count]
+
+    def _heard_count(self) -> int:
+        """How many neighbours can tell this node something: who is silent may be cut off.
+
+        Their connections end seconds later; a node that waited for that would hear of the dead
+        later than the others.
+        """
+        links, silent = self._gossip.links, self._gossip.liveness.silent
+        return len(links) - sum(peer in links for peer in silent)
 
     def _in_random_order(self, entries: Sequence[Peer]) -> list[Peer]:
         return self._environment.random.sample(entries, len(entries))
@@ -331,7 +370,7 @@ class Neighbourhood:
                 return  # it said nothing: nothing is known that was not known before
         except (RemoteProtocolError, MembershipError) as error:
             logger.debug("discovery.refused", extra={"peer": peer, "error": str(error)})
-            if isinstance(error, NotAMember):
+            if isinstance(error, NotAMember) and not isinstance(error, MembershipRevoked):
                 refused_s = RECHECK_S  # a clock may be set right
         connection = self._host.connection_to(peer)
         if is_member or connection is None:
@@ -385,9 +424,9 @@ class Neighbourhood:
                 idle[self._environment.random.randrange(len(idle))].part()
 
     def _revive(self) -> None:
-        """Look at one of the members that were found dead."""
+        """Look at one of the members that were found dead and did not announce themselves since."""
         self._gossip.agenda.after(self._about(REVIVAL_INTERVAL_S), self._revive)
-        buried = list(self._buried)
+        buried = [peer for peer in self._buried if self._gossip.announcement(peer) is None]
         if buried:
             self.reach(buried[self._environment.random.randrange(len(buried))])
 
@@ -396,6 +435,7 @@ class Neighbourhood:
         self._gossip.agenda.after(FLUSH_INTERVAL_S, self._flush)
 
     def _about(self, seconds: float) -> float:
+        """Return half of it to all of it, by chance."""
         return seconds * (0.5 + self._environment.random.random() / 2)
 
 

@@ -2,7 +2,7 @@
 
 Where each can be reached is proven or hearsay; hearsay is counted before it is dialled, and private
 addresses are dialled only on a network where this node itself is or meets members.
-Spec: protocols/announce.md, sections 3 and 7.
+Spec: protocols/announce.md, section 3 and States.
 """
 
 from __future__ import annotations

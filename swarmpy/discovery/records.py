@@ -1,13 +1,15 @@
 """The table of records: of each member and network the newest word, and what the whole amounts to.
 
 A word is an announcement, the statement that it was the last, or a revocation; each has a version,
-and the higher one stands. Every entry is in its network's summary, which neighbours compare.
-Pure bookkeeping: no stream, clock or store. Spec: protocols/announce.md, sections 4 and 6.
+and the higher one stands. The announcements and revocations are in their network's summary, which
+neighbours compare; that somebody is gone matters only to who has the announcement still.
+Pure bookkeeping: no stream, clock or store. Spec: protocols/announce.md, Records and States.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
 from swarmpy.config import RECORDS_MAX
@@ -15,27 +17,40 @@ from swarmpy.identity import PeerId
 from swarmpy.proto.announce import Announcement, SignedAnnouncement
 from swarmpy.proto.membership import NetworkId
 from swarmpy.proto.revocation import SignedRevocation
-from swarmpy.proto.summary import Entry, Summary, record_key
+from swarmpy.proto.summary import Entry, Summary, first_bytes, record_key
 from swarmpy.proto.swim import SignedStatement
 
 Record = SignedAnnouncement | SignedStatement | SignedRevocation
 
 TOMBSTONES_MAX = 2 * RECORDS_MAX
-"""Statements and revocations beside the announcements: an hour in which every member left twice."""
+"""Statements beside the announcements: an hour in which every member left twice."""
+
+REVOKED_MAX = 1000
+"""Revocations of each network beside both, which nobody's statements may keep out: as many as
+membership keeps."""
 
 SWEEP_INTERVAL_S = 60.0
 """Records are dropped up to so much after their end: a sweep looks at all of them."""
 
 
 class RecordTable:
-    """Records by key; at most `RECORDS_MAX` announcements and `TOMBSTONES_MAX` others."""
+    """Records by key; each kind has room of its own, and each network a share of the announcements.
 
-    def __init__(self) -> None:
+    While a node is in n networks each takes `RECORDS_MAX` / n members. What came before there were
+    so many stays until it ends, so that there are at most twice `RECORDS_MAX` with four networks.
+    """
+
+    def __init__(self, own: PeerId | None = None) -> None:
+        """Args: own: The peer whose announcements always fit."""
+        self._own = own
         self._records: dict[bytes, Record] = {}
         self._summaries: dict[NetworkId, Summary] = {}
+        self._buckets: dict[NetworkId, dict[int, dict[bytes, None]]] = {}
+        """Keys by their first byte: a comparison lists a few of them."""
         self._announcement_count = 0
+        self._counts: Counter[tuple[NetworkId, type[Record]]] = Counter()
         self._next_sweep_wall_s = math.inf
-        self._swept_wall_s = -math.inf
+        self._swept_s = -math.inf
 
     def __len__(self) -> int:
         return len(self._records)
@@ -44,6 +59,10 @@ class RecordTable:
     def announcement_count(self) -> int:
         """How many members are in view, this node included where it announced itself."""
         return self._announcement_count
+
+    def __iter__(self) -> Iterator[Record]:
+        """Iterate over all records, in no particular but a reproducible order."""
+        return iter(self._records.values())
 
     def get(self, key: bytes) -> Record | None:
         """Return the record of a key."""
@@ -62,17 +81,17 @@ class RecordTable:
         stored = self._records.get(record.key)
         if stored is not None and record.version <= stored.version:
             return False
-        is_announcement = isinstance(record, SignedAnnouncement)
-        if not isinstance(stored, type(record)) and not self._has_room(is_announcement):
+        if not isinstance(stored, type(record)) and not self._has_room(record):
             return False
         if stored is not None:
             self._drop(stored)
         self._records[record.key] = record
-        self._announcement_count += is_announcement
-        summary = self._summaries.get(record.network_id)
-        if summary is None:
-            summary = self._summaries[record.network_id] = Summary()
-        summary.add(record.key, record.version)
+        self._announcement_count += isinstance(record, SignedAnnouncement)
+        self._counts[record.network_id, type(record)] += 1
+        if not isinstance(record, SignedStatement):
+            self.summary(record.network_id).add(record.key, record.version)
+        buckets = self._buckets.setdefault(record.network_id, {})
+        buckets.setdefault(record.key[0], {})[record.key] = None
         if record.expires_wall_s < self._next_sweep_wall_s:
             self._next_sweep_wall_s = record.expires_wall_s
         return True
@@ -82,14 +101,18 @@ class RecordTable:
         self._drop(record)
         del self._records[record.key]
 
-    def sweep(self, *, wall_s: float) -> list[Record]:
-        """Forget what is over; return it. Cheap where nothing is."""
-        if wall_s < self._next_sweep_wall_s or wall_s < self._swept_wall_s + SWEEP_INTERVAL_S:
+    def sweep(self, *, wall_s: float, now_s: float) -> list[Record]:
+        """Forget what is over; return it. Cheap where nothing is.
+
+        Args:
+            now_s: By a clock that nobody sets; a wall clock that was ahead must not stop sweeps.
+        """
+        if wall_s < self._next_sweep_wall_s or now_s < self._swept_s + SWEEP_INTERVAL_S:
             return []
         over = [record for record in self._records.values() if record.expires_wall_s <= wall_s]
         for record in over:
             self.remove(record)
-        self._swept_wall_s = wall_s
+        self._swept_s = now_s
         self._next_sweep_wall_s = min(
             (record.expires_wall_s for record in self._records.values()), default=math.inf
         )
@@ -121,31 +144,46 @@ class RecordTable:
                 yield record
 
     def summary(self, network_id: NetworkId) -> Summary:
-        """Return the summary of one network's records."""
-        return self._summaries.setdefault(network_id, Summary())
+        """Return the summary of one network's announcements and revocations."""
+        summary = self._summaries.get(network_id)
+        if summary is None:
+            summary = self._summaries[network_id] = Summary()
+        return summary
 
     def entries(self, network_id: NetworkId, prefixes: Collection[str]) -> dict[str, list[Entry]]:
-        """Return the entries of a network under each of some prefixes of one length, in order."""
-        found: dict[str, list[Entry]] = {prefix: [] for prefix in sorted(prefixes)}
-        length = len(next(iter(found), ""))
-        for key, record in self._records.items():
-            under = found.get(key[:1].hex()[:length])
-            if under is not None and record.network_id == network_id:
-                under.append((key, record.version))
-        for under in found.values():
-            under.sort()
-        return found
+        """Return the entries of a network under each of some prefixes, in order."""
+        buckets = self._buckets.get(network_id, {})
+        return {
+            prefix: sorted(
+                (key, self._records[key].version)
+                for first in first_bytes(prefix)
+                for key in buckets.get(first, ())
+            )
+            for prefix in sorted(prefixes)
+        }
 
     def drop_networks(self, kept: Collection[NetworkId]) -> None:
         """Forget everything of networks that this node is not in any more."""
         for record in [item for item in self._records.values() if item.network_id not in kept]:
             self.remove(record)
 
-    def _has_room(self, is_announcement: bool) -> bool:
-        if is_announcement:
-            return self._announcement_count < RECORDS_MAX
-        return len(self._records) - self._announcement_count < TOMBSTONES_MAX
+    def _has_room(self, record: Record) -> bool:
+        """Whether a network may have one more record of a kind."""
+        if isinstance(record, SignedRevocation):
+            return self._counts[record.network_id, SignedRevocation] < REVOKED_MAX
+        if record.peer == self._own:
+            return True
+        # Of every network that this node is in it has its own announcement here.
+        networks = {network_id for network_id, _ in self._counts} | {record.network_id}
+        room = RECORDS_MAX if isinstance(record, SignedAnnouncement) else TOMBSTONES_MAX
+        return self._counts[record.network_id, type(record)] < room // len(networks)
 
     def _drop(self, record: Record) -> None:
         self._announcement_count -= isinstance(record, SignedAnnouncement)
-        self._summaries[record.network_id].remove(record.key, record.version)
+        place = record.network_id, type(record)
+        self._counts[place] -= 1
+        if not self._counts[place]:
+            del self._counts[place]
+        if not isinstance(record, SignedStatement):
+            self._summaries[record.network_id].remove(record.key, record.version)
+        del self._buckets[record.network_id][record.key[0]][record.key]

@@ -239,7 +239,7 @@ class Discovery:
         self._neighbourhood.lost(peer, self._gossip.link_down(peer))
 
     def member_revoked(self, revocation: SignedRevocation) -> None:
-        """A member was revoked here (`Membership.on_revoked`)."""
+        """A member was revoked here, or this node elsewhere (`Membership.on_revoked`)."""
         self._gossip.revoked(revocation)
 
     def networks_changed(self, network_id: NetworkId) -> None:
@@ -274,7 +274,18 @@ class Discovery:
             callback(announcement)
 
     def _gone(self, record: Record) -> None:
-        self._neighbourhood.gone(record)
+        match record:
+            case SignedAnnouncement():
+                is_out = self._trust.is_void(record.membership)
+            case SignedRevocation():
+                # A member's word says nothing of what others vouched for.
+                is_out = record.is_by_key
+            case _:
+                is_out = False
+        if not is_out:
+            self._neighbourhood.gone(record)
+        elif self._gossip.announcement(record.peer) is None:
+            self._neighbourhood.forget(record.peer)
 
     def _noticed(self, entry: Peer) -> None:
         entry.seen_wall_s = self._environment.wall_time()

@@ -2,11 +2,13 @@
 
 As in Plumtree: a record is pushed to the eager neighbours at once, the others are told of it a
 little later; who is pushed what it has already cuts that edge, who is told of what it lacks asks
-for it and mends the tree. Spec: protocols/announce.md, section 5.
+for it and mends the tree. Spec: protocols/announce.md, States.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,18 +26,35 @@ from swarmpy.proto.announce import Have, Prune, Want
 from swarmpy.proto.summary import is_gone, unpack_entries, unpack_keys
 from swarmpy.proto.swim import SignedStatement
 
-TELL_URGENT_S = 0.25
-GRAFT_URGENT_S = 0.1
-"""The same two for a suspicion and its refutation: both must get round within five seconds."""
-
 TELL_CHANGE_S = 1.0
 """Until the lazy neighbours are told of news: a push over six hops was there before."""
+
+TELL_SPACING_S = 5.0
+"""Between two times that they are told of news: where there is always some, several share the
+message, which each pair of neighbours would cost otherwise."""
 
 TELL_REFRESH_S = 10.0
 """Until they are told of an announcement that says nothing new: nobody waits for it."""
 
 GRAFT_S = 0.5
 """What a node was told of and did not get by then it asks for, and again from the next teller."""
+
+STORM_RECORDS = 5
+STORM_S = 5.0
+GRAFT_STORM_S = 5.0
+"""The same where so many records came within so long: pushes that wait for each other take longer,
+and whoever asks too early makes a cycle of the tree."""
+
+TELL_URGENT_S = 0.25
+GRAFT_URGENT_S = 0.1
+URGENT_TOLD = 3
+"""The same for a suspicion and its refutation, which must get round within five seconds: so many
+lazy neighbours are told, by chance, and the others with other news. A member that died breaks the
+tree, but into parts each of which has a neighbour that finds it dead."""
+
+PRUNE_SPACING_S = 1.0
+"""Between two prunes: the records of several members that go round a cycle at once meet in several
+places of it, and cut everywhere it would be two trees."""
 
 TELLERS_MAX = 4
 """Neighbours remembered for one missing record, and tries to get it."""
@@ -44,6 +63,11 @@ KNOWN_MAX = 64
 """Neighbours remembered that told of a record before they were told."""
 
 MISSING_MAX = 2 * RECORDS_MAX
+
+TOLD_MAX = RECORDS_MAX
+TOLD_PER_S = 20.0
+"""Missing records of which one neighbour may tell, at once and in the long run: less than there is
+room for, so that one which tells of what there is not leaves the others some."""
 
 ANSWERS_MAX = 2 * RECORDS_MAX
 ANSWERS_PER_S = 20.0
@@ -56,6 +80,17 @@ class _Missing:
     version: int
     tellers: list[PeerId] = field(default_factory=list)
     tries: int = 0
+
+
+@dataclass(slots=True)
+class _Untold:
+    """Records that the lazy neighbours are to be told of, some time after they came."""
+
+    delay_s: float
+    keys: dict[bytes, tuple[float, list[PeerId | None]]] = field(default_factory=dict)
+    """When each came, and which neighbours know it."""
+    next_s: float = -math.inf
+    """When they may be told again."""
 
 
 class Spreading:
@@ -75,10 +110,13 @@ class Spreading:
         self.agenda = agenda
         self.suspicions: dict[bytes, SignedStatement] = {}
         """Statements that are not in the table yet, because their victims may refute them."""
-        self._soon: dict[bytes, list[PeerId | None]] = {}
-        self._late: dict[bytes, list[PeerId | None]] = {}
-        self._urgent: dict[bytes, list[PeerId | None]] = {}
+        self._soon = _Untold(TELL_CHANGE_S)
+        self._late = _Untold(TELL_REFRESH_S)
+        self._urgent = _Untold(TELL_URGENT_S)
+        self._pruned_s = -math.inf
+        self._news_s = deque([-math.inf] * STORM_RECORDS, maxlen=STORM_RECORDS)
         self._missing: dict[bytes, _Missing] = {}
+        self._tellers = Budgets(count_max=TOLD_MAX, per_s=TOLD_PER_S)
         self._budgets = Budgets(count_max=ANSWERS_MAX, per_s=ANSWERS_PER_S)
 
     def newest(self, key: bytes) -> Record | None:
@@ -87,8 +125,8 @@ class Spreading:
 
     def version(self, key: bytes) -> int:
         """Return the version of the newest record of a key, -1 without any."""
-        record = self.newest(key)
-        return -1 if record is None else record.version
+        suspect = self.suspicions.get(key) if self.suspicions else None
+        return self.table.version(key) if suspect is None else suspect.version
 
     def spread(
         self,
@@ -108,35 +146,55 @@ class Spreading:
             to_all: Push it to every neighbour: whoever leaves has no time for the lazy way.
         """
         key = record.key
+        self._news_s.append(trio.current_time())
+        if (missing := self._missing.get(key)) is not None and missing.version <= record.version:
+            del self._missing[key]
         is_lazy = False
         for link in self.links.values():
+            if not link.shares(record.network_id):
+                continue
             if link.peer == source:
                 link.heard(key)
             elif link.is_eager:
-                link.push(key)
+                link.push(key, is_urgent=is_urgent)
             elif to_all:
                 link.answer(key)
             else:
                 is_lazy = True
         if not is_lazy:
             return
-        waiting, delay_s = self._soon, TELL_CHANGE_S
         if is_urgent:
-            waiting, delay_s = self._urgent, TELL_URGENT_S
-        elif is_refresh:
-            waiting, delay_s = self._late, TELL_REFRESH_S
-        if not waiting:
-            # Of two neighbours that would tell each other only the first one to do so does.
-            delay_s *= 0.75 + self._random.random() / 2
-            self.agenda.after(delay_s, partial(self._tell, waiting))
-        waiting[key] = [source]
+            self._tell_later(self._urgent, key, source)
+        self._tell_later(self._late if is_refresh else self._soon, key, source)
+
+    def _tell_later(self, untold: _Untold, key: bytes, source: PeerId | None) -> None:
+        if not untold.keys:
+            self._schedule(untold)
+        untold.keys[key] = (trio.current_time(), [source])
+
+    def _schedule(self, untold: _Untold) -> None:
+        # Of two neighbours that would tell each other only the first one to do so does.
+        delay_s = max(untold.delay_s, untold.next_s - trio.current_time())
+        delay_s *= 0.75 + self._random.random() / 2
+        self.agenda.after(delay_s, partial(self._tell, untold))
 
     def is_known(self, peer: PeerId) -> None:
         """A neighbour pushed what is here already: that edge is not part of the tree."""
         link = self.links.get(peer)
-        if link is not None and link.is_eager:
+        now_s = trio.current_time()
+        if link is not None and now_s >= self._pruned_s + PRUNE_SPACING_S:
+            # A neighbour may push where this node does not: then too it is asked to stop.
             link.is_eager = False
+            self._pruned_s = now_s
             link.say(Prune())
+
+    def hold_on(self) -> None:
+        """Be part of the tree by one edge at least; who is new makes no cycle of it with more."""
+        if self.links and not any(link.is_eager for link in self.links.values()):
+            peers = sorted(self.links)
+            link = self.links[peers[self._random.randrange(len(peers))]]
+            link.is_eager = True
+            link.want([], is_graft=True)
 
     def pruned(self, peer: PeerId) -> None:
         """A neighbour asks to be pushed nothing."""
@@ -155,7 +213,8 @@ class Spreading:
         """Send a neighbour the records it lacks, within its budget."""
         now_s = trio.current_time()
         for key in keys:
-            if key in link.answers:
+            record = self.newest(key)
+            if key in link.answers or record is None or not link.shares(record.network_id):
                 continue
             if not self._budgets.take(link.peer, now_s=now_s):
                 return
@@ -164,42 +223,75 @@ class Spreading:
     def told(self, have: Have, peer: PeerId) -> None:
         """A neighbour says what it has; what does not come by itself is asked for."""
         link = self.links.get(peer)
+        if link is None:
+            return
         late: list[bytes] = []
-        is_urgent = False
+        urgent: list[bytes] = []
+        # Most of what a node of a large network hears is told here: little may be done for each.
+        is_drained = link.is_drained
+        queues = [item.keys for item in (self._urgent, self._soon, self._late) if item.keys]
         for key, version in unpack_entries(have.entries):
-            if link is not None:
+            if not is_drained:
                 link.heard(key)
-            for waiting in (self._urgent, self._soon, self._late):
-                if key in waiting and len(waiting[key]) < KNOWN_MAX:
-                    waiting[key].append(peer)
-            if self.version(key) >= version:
+            for keys in queues:
+                if key in keys and len(keys[key][1]) < KNOWN_MAX:
+                    keys[key][1].append(peer)
+            if self.version(key) >= version or not self._is_missed(key, version, link):
                 continue
             missing = self._missing.get(key)
             if missing is None or missing.version < version:
-                if len(self._missing) >= MISSING_MAX:
-                    return
-                missing = self._missing[key] = _Missing(version)
-                late.append(key)
-                is_urgent = is_urgent or is_gone(version) or key in self.suspicions
+                if not self._has_room(key, peer):
+                    break
+                known = missing.tellers if missing is not None else []
+                missing = self._missing[key] = _Missing(version, known)
+                is_urgent = is_gone(version) or key in self.suspicions
+                (urgent if is_urgent else late).append(key)
             if len(missing.tellers) < TELLERS_MAX and peer not in missing.tellers:
                 missing.tellers.append(peer)
+        if urgent:
+            self.agenda.after(GRAFT_URGENT_S, partial(self._graft, urgent))
         if late:
-            delay_s = GRAFT_URGENT_S if is_urgent else GRAFT_S
+            is_storm = trio.current_time() < self._news_s[0] + STORM_S
+            delay_s = GRAFT_STORM_S if is_storm else GRAFT_S
             self.agenda.after(delay_s, partial(self._graft, late))
 
-    def _tell(self, waiting: dict[bytes, list[PeerId | None]]) -> None:
-        """Tell the lazy neighbours of what was pushed to the others."""
-        told = [
-            (key, knowing, record.version)
-            for key, knowing in waiting.items()
-            if (record := self.newest(key)) is not None
-        ]
-        waiting.clear()
-        for link in self.links.values():
-            if not link.is_eager:
-                for key, knowing, version in told:
-                    if link.peer not in knowing:
-                        link.tell(key, version)
+    def _is_missed(self, key: bytes, version: int, link: Link) -> bool:
+        """Whether a record that a neighbour tells of is of use here.
+
+        That somebody is gone is not, where nothing is known of it or it is gone already.
+        """
+        known = self.newest(key)
+        if known is None:
+            return not is_gone(version)
+        if known.version >= version or not link.shares(known.network_id):
+            return False
+        return not (is_gone(version) and isinstance(self.table.get(key), SignedStatement))
+
+    def _has_room(self, key: bytes, teller: PeerId) -> bool:
+        is_full = key not in self._missing and len(self._missing) >= MISSING_MAX
+        return not is_full and self._tellers.take(teller, now_s=trio.current_time())
+
+    def _tell(self, untold: _Untold) -> None:
+        """Tell the lazy neighbours of what was pushed to the others a while ago."""
+        now_s = trio.current_time()
+        lazy = [link for link in self.links.values() if not link.is_eager]
+        if untold is self._soon:
+            untold.next_s = now_s + TELL_SPACING_S
+        elif untold is self._urgent:
+            lazy = self._random.sample(lazy, min(URGENT_TOLD, len(lazy)))
+        for key in self._take_old(untold, now_s - untold.delay_s / 2):
+            record, knowing = self.newest(key), untold.keys.pop(key)[1]
+            if record is None:
+                continue  # Its member was revoked meanwhile.
+            for link in lazy:
+                if link.peer not in knowing and link.shares(record.network_id):
+                    link.tell(key, record.version)
+        if untold.keys:
+            self._schedule(untold)
+
+    def _take_old(self, untold: _Untold, before_s: float) -> list[bytes]:
+        """Return what came before a time: the rest may be on its way to the neighbours still."""
+        return [key for key, (came_s, _) in untold.keys.items() if came_s <= before_s]
 
     def _graft(self, keys: list[bytes]) -> None:
         """Ask for what is still missing, and mend the tree with whoever has it."""

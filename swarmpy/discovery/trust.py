@@ -19,7 +19,8 @@ class Trust:
     shared_networks: Callable[[PeerId], frozenset[NetworkId]]
     own_memberships: Callable[[], Mapping[NetworkId, Membership]]
     is_void: Callable[[Membership], bool]
-    """Whether a member of a membership's chain is revoked."""
+    """Whether a membership rests on a revoked one."""
     revocations: Callable[[], Sequence[SignedRevocation]]
-    take_revocation: Callable[[SignedRevocation], None]
-    """Keep a verified revocation of one of this node's networks, and act on it."""
+    take_revocation: Callable[[SignedRevocation], bool]
+    """Keep a verified revocation of one of this node's networks, and act on it; False where there
+    is no room."""

@@ -17,8 +17,8 @@ from swarmpy.discovery.peers import STRANGERS_MAX
 from swarmpy.identity import Identity
 from swarmpy.net.host import NativeHost
 from swarmpy.testing.network import SimNetwork
+from swarmpy.trust.conversations import PROTOCOL as MEMBERSHIP
 from swarmpy.trust.exchange import CONVERSATION_TIMEOUT_S
-from swarmpy.trust.membership import PROTOCOL as MEMBERSHIP
 
 
 class Whisper(DiscoverySource):

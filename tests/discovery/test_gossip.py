@@ -9,10 +9,10 @@ import trio
 from small_nodes import Clock, SmallNode, join, machine, small_node, until, wall_time
 from trio.testing import MockClock
 
-from swarmpy.abc import Address
+from swarmpy.abc import Address, Gate, ProtocolId
 from swarmpy.discovery.link import PROTOCOL
 from swarmpy.errors import SwarmError
-from swarmpy.identity import Identity
+from swarmpy.identity import Identity, PeerId
 from swarmpy.net.messages import MessageStream
 from swarmpy.proto.announce import (
     ANNOUNCE_INTERVAL_S,
@@ -154,6 +154,46 @@ async def test_a_clock_set_back_to_before_the_membership_silences_a_node_and_no_
             return heard.engine if heard else ""
 
         await until(lambda: engine() == "heard")
+
+
+class LateGate(Gate):
+    """Takes nobody for a member before its time, as a node whose part of a conversation lags."""
+
+    def __init__(self, gate: Gate, *, opens_at_s: float) -> None:
+        self._gate = gate
+        self._opens_at_s = opens_at_s
+
+    def allow_stream(self, peer: PeerId, protocol: ProtocolId) -> bool:
+        is_early = protocol == PROTOCOL and trio.current_time() < self._opens_at_s
+        return not is_early and self._gate.allow_stream(peer, protocol)
+
+
+async def test_two_members_know_of_each_other_though_the_first_comparison_was_refused(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Goal: both have the other's announcement within 2 s, not after a minute's wait.
+
+    Method: bob, back after a while, dials ann, who does not take it for a member yet when its root
+    comes: the stream is reset, which bob finds out when it sends on it again.
+    """
+    world = SimNetwork()
+    async with small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann:
+        assert ann.discovery is not None
+        async with small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob:
+            await join(bob, ann)
+        ann.discovery.announce(engine="new")
+        ann.host.gate = LateGate(ann.membership.gate, opens_at_s=trio.current_time() + 0.3)
+        async with small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob:
+            bob_there = bob.discovery
+            assert bob_there is not None
+            bob_there.announce(engine="newer")
+            await bob.host.dial(ann.peer, ann.host.addresses)
+
+            def both_know() -> bool:
+                known = (ann.discovery.announcement(bob.peer), bob_there.announcement(ann.peer))
+                return [item and item.engine for item in known] == ["newer", "new"]
+
+            await until(both_know, within_s=2)
 
 
 async def push(node: SmallNode, target: SmallNode, sealed: bytes) -> MessageStream:

@@ -9,7 +9,7 @@ from swarmpy.discovery import records
 from swarmpy.discovery.records import SWEEP_INTERVAL_S, Record, RecordTable
 from swarmpy.identity import Identity
 from swarmpy.proto.announce import ANNOUNCEMENT_TTL_S, Announcement, SignedAnnouncement
-from swarmpy.proto.membership import Membership, NetworkId
+from swarmpy.proto.membership import Membership, NetworkId, voucher_of
 from swarmpy.proto.revocation import SignedRevocation
 from swarmpy.proto.summary import alive_version, gone_version, record_key
 from swarmpy.proto.swim import SignedStatement
@@ -31,6 +31,7 @@ def announced(
         not_before_wall_s=0.0,
         issuer=PEERS[0],
         members=(PEERS[peer],),
+        line=(voucher_of(PEERS[peer]),),
         proof=(),
     )
     announcement = Announcement(
@@ -125,7 +126,7 @@ def test_a_record_is_over_an_hour_after_it_was_signed_not_after_it_was_heard() -
     add_all(table, announced(1, 1), announced(2, 1, wall_s=3000))
 
     assert table.newest(PEERS[1], [HOME], wall_s=ANNOUNCEMENT_TTL_S) is None
-    (over,) = table.sweep(wall_s=ANNOUNCEMENT_TTL_S)
+    (over,) = table.sweep(wall_s=ANNOUNCEMENT_TTL_S, now_s=0.0)
 
     assert over.peer == PEERS[1]
     assert [record.peer for record in table.announced()] == [PEERS[2]]
@@ -135,9 +136,9 @@ def test_a_sweep_looks_at_all_records_once_in_a_while_only() -> None:
     table = RecordTable()
     add_all(table, announced(1, 1), announced(2, 1, wall_s=10))
 
-    first = table.sweep(wall_s=ANNOUNCEMENT_TTL_S)
-    soon = table.sweep(wall_s=ANNOUNCEMENT_TTL_S + 11)
-    later = table.sweep(wall_s=ANNOUNCEMENT_TTL_S + SWEEP_INTERVAL_S)
+    first = table.sweep(wall_s=ANNOUNCEMENT_TTL_S, now_s=0.0)
+    soon = table.sweep(wall_s=ANNOUNCEMENT_TTL_S + 11, now_s=11.0)
+    later = table.sweep(wall_s=ANNOUNCEMENT_TTL_S + 11, now_s=SWEEP_INTERVAL_S)
 
     assert [len(first), len(soon), len(later)] == [1, 0, 1]
 
@@ -145,9 +146,9 @@ def test_a_sweep_looks_at_all_records_once_in_a_while_only() -> None:
 def test_the_summary_is_that_of_the_records_there_are() -> None:
     """Method: one table was told everything at once, the other in steps and of more networks."""
     one, other = RecordTable(), RecordTable()
-    add_all(one, announced(1, 6), stated(2, 3))
+    add_all(one, announced(1, 6), announced(2, 3))
     add_all(other, announced(1, 5), announced(2, 3), announced(0, 1), announced(1, 1, WORK))
-    add_all(other, announced(1, 6), stated(2, 3))
+    add_all(other, announced(1, 6))
 
     assert one.summary(HOME).root != other.summary(HOME).root
     gone = other.get(record_key(HOME, PEERS[0]))
@@ -157,15 +158,64 @@ def test_the_summary_is_that_of_the_records_there_are() -> None:
     assert one.entries(HOME, [""]) == other.entries(HOME, [""])
 
 
+def is_under(prefix: str) -> bool:
+    return any(record_key(HOME, peer).hex().startswith(prefix) for peer in PEERS)
+
+
 def test_entries_are_found_by_their_prefix() -> None:
     table = RecordTable()
     add_all(table, *(announced(peer, 1) for peer in range(3)), announced(0, 1, WORK))
     key = record_key(HOME, PEERS[0])
 
-    found = table.entries(HOME, [key.hex()[:2], "zz"])
+    other = next(prefix for prefix in ("00", "ff", "7f", "80") if not is_under(prefix))
+
+    found = table.entries(HOME, [key.hex()[:2], other])
 
     assert (key, alive_version(1)) in found[key.hex()[:2]]
-    assert found["zz"] == []
+    assert found[other] == []
+
+
+def test_who_never_heard_of_a_member_and_who_knows_it_is_gone_have_equal_tables() -> None:
+    """Else a newcomer would be told of the dead of an hour in each comparison."""
+    one, other = RecordTable(), RecordTable()
+    add_all(one, announced(1, 6))
+    add_all(other, announced(1, 6), announced(2, 3))
+
+    assert one.summary(HOME).root != other.summary(HOME).root
+    assert other.add(stated(2, 3))
+    assert one.summary(HOME).root == other.summary(HOME).root
+
+
+def test_a_clock_that_was_ahead_does_not_stop_sweeps() -> None:
+    table = RecordTable()
+    year_s, day_s = 365 * 86400.0, 86400.0
+    add_all(table, announced(1, 1))
+    assert len(table.sweep(wall_s=year_s, now_s=0.0)) == 1
+
+    add_all(table, announced(2, 1))
+
+    assert len(table.sweep(wall_s=day_s, now_s=SWEEP_INTERVAL_S)) == 1
+
+
+def test_statements_leave_revocations_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "TOMBSTONES_MAX", 1)
+    table = RecordTable()
+
+    assert add_all(table, stated(0, 1), stated(1, 1), revoked(2)) == [True, False, True]
+
+
+def test_a_crowded_network_leaves_another_and_this_node_their_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(records, "RECORDS_MAX", 2)
+    table = RecordTable(PEERS[0])
+
+    taken = add_all(table, announced(1, 1), announced(2, 1), announced(0, 1))
+    taken += add_all(table, announced(0, 1, WORK), announced(1, 1, WORK), announced(2, 1, WORK))
+
+    assert taken == [True, True, True, True, False, False]
+    table.drop_networks([WORK])
+    assert table.add(announced(1, 1, WORK))
 
 
 def test_leaving_a_network_forgets_its_records() -> None:

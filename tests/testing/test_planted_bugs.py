@@ -120,11 +120,11 @@ def keep_what_is_stale(patch: pytest.MonkeyPatch) -> None:
     """The last announcement to arrive stays, whether or not it is the newest."""
     take = Gossip._take_announcement
 
-    def take_the_latest(self: Gossip, signed: SignedAnnouncement, *args: Any) -> bool:
+    def take_the_latest(self: Gossip, signed: SignedAnnouncement, *args: Any, **named: Any) -> bool:
         former = self._table.get(signed.key)
         if isinstance(former, SignedAnnouncement) and signed.version < former.version:
             self._table.remove(former)
-        return take(self, signed, *args)
+        return take(self, signed, *args, **named)
 
     patch.setattr(Gossip, "_take_announcement", take_the_latest)
 
