@@ -63,8 +63,8 @@ MEMORY_SHARE = 0.75
 """Part of the available memory a node offers where no budget is set: the rest stays its owner's."""
 
 CAPACITIES_MAX = 64
-"""Members looked at for one plan: a ring has as many stages at most. Connected ones come first, then
-those with the most memory."""
+"""Members looked at for one plan: a ring has as many stages at most. Connected ones come first,
+then those with the most memory."""
 
 PORTS_FILE = "ports.json"
 """Ports of the last run: a restarted node is found at once where it was."""
