@@ -309,6 +309,7 @@ class Node:
         if self._stopping.is_set():
             raise NoPipeline("this node is stopping", fix="Ask another node, or start it again.")
         found = self.catalog.find(model)
+        await node_members.wait_announced(self)
         return await self.assembler.pipeline_for(found.model_id, on_progress=on_progress)
 
     def _reply_closed(self, generation: Generation) -> None:
@@ -384,11 +385,14 @@ class Node:
     async def wait_members(self, count: int) -> None:
         """Wait until `count` other members have said what they offer and can be reached.
 
-        In a network of more than nine nodes not all of them are connected; `host.dial` and replies
-        connect to the others when they need them.
+        Up to eight are connected then; in a larger network `discovery.connect` and replies connect
+        to the others when they need them.
         """
-        while len(self.discovery.reachable()) < count:
-            await self._members_changed.wait()
+        await node_members.wait_members(self, count)
+
+    async def wait_members_changed(self) -> None:
+        """Wait until a member connects, or one says something new."""
+        await self._members_changed.wait()
 
     def _tell_members_changed(self, _: object) -> None:
         self._members_changed.set()

@@ -1,10 +1,13 @@
-"""How a node's membership and discovery know each other, and how it revokes a member."""
+"""How membership and discovery know each other, whom a node waits for, how it revokes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import trio
+
+from swarmpy.discovery.neighbourhood import NEIGHBOURS_MIN
 from swarmpy.discovery.service import Discovery
 from swarmpy.discovery.trust import Trust
 from swarmpy.errors import MembershipError, NotAMember, RemoteProtocolError
@@ -16,6 +19,9 @@ from swarmpy.trust.membership import Membership
 
 if TYPE_CHECKING:
     from swarmpy.node import Node
+
+ANNOUNCED_S = 2.0
+"""What a member that has just connected gets to announce itself, before a plan without it."""
 
 SUFFIX_CHARACTERS_MIN = 6
 """Fewest characters of the end of a PeerId that name a peer; `swarmpy peers` shows eight."""
@@ -127,3 +133,20 @@ def _peer_id(text: str) -> PeerId | None:
         return parse_peer_id(text)
     except RemoteProtocolError:
         return None
+
+
+async def wait_members(node: Node, count: int) -> None:
+    """Wait until `count` members are known, and connected as far as neighbours are."""
+    while True:
+        reachable = node.discovery.reachable()
+        connected = sum(node.membership.is_member(PeerId(item.peer)) for item in reachable)
+        if len(reachable) >= count and connected >= min(count, NEIGHBOURS_MIN):
+            return
+        await node.wait_members_changed()
+
+
+async def wait_announced(node: Node) -> None:
+    """Give members that connected just now a moment to say what they offer."""
+    with trio.move_on_after(ANNOUNCED_S):
+        while any(node.discovery.announcement(peer) is None for peer in node.membership.members()):
+            await node.wait_members_changed()
