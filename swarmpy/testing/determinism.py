@@ -66,7 +66,7 @@ def deterministic(seed: int) -> Iterator[None]:
 
 
 def _allow_files() -> None:
-    """Let this process have as many files open as it may: a node has six, and often 1,024 is all."""
+    """Let this process open as many files as it may: a node has six, and 1,024 is a usual bound."""
     if sys.platform != "win32":
         import resource
 
