@@ -309,8 +309,13 @@ class Node:
         if self._stopping.is_set():
             raise NoPipeline("this node is stopping", fix="Ask another node, or start it again.")
         found = self.catalog.find(model)
-        await node_members.wait_announced(self)
-        return await self.assembler.pipeline_for(found.model_id, on_progress=on_progress)
+        assemble = partial(self.assembler.pipeline_for, found.model_id, on_progress=on_progress)
+        try:
+            return await assemble()
+        except NoPipeline:
+            if not await node_members.wait_announced(self):
+                raise
+            return await assemble()
 
     def _reply_closed(self, generation: Generation) -> None:
         self._replies.discard(generation)
@@ -385,13 +390,12 @@ class Node:
     async def wait_members(self, count: int) -> None:
         """Wait until `count` other members have said what they offer and can be reached.
 
-        Up to eight are connected then; in a larger network `discovery.connect` and replies connect
-        to the others when they need them.
+        Up to eight are connected then; replies connect to the others when they need them.
         """
         await node_members.wait_members(self, count)
 
     async def wait_members_changed(self) -> None:
-        """Wait until a member connects, or one says something new."""
+        """Wait until a member connects or says something new."""
         await self._members_changed.wait()
 
     def _tell_members_changed(self, _: object) -> None:
@@ -468,12 +472,10 @@ class Node:
         capacities = [self._own_capacity(model_id)] if self.engine else []
         offering = [item for item in self.discovery.reachable() if item.engine]
         if len(offering) > CAPACITIES_MAX:
-            offering.sort(key=lambda item: (not self._is_connected(item), -item.memory_bytes_max))
+            is_member = self.membership.is_member
+            offering.sort(key=lambda it: (not is_member(PeerId(it.peer)), -it.memory_bytes_max))
         capacities += [self._capacity(item, model_id) for item in offering[:CAPACITIES_MAX]]
         return capacities
-
-    def _is_connected(self, announcement: Announcement) -> bool:
-        return self.host.connection_to(PeerId(announcement.peer)) is not None
 
     def _own_capacity(self, model_id: str) -> Capacity:
         return Capacity(

@@ -145,8 +145,15 @@ async def wait_members(node: Node, count: int) -> None:
         await node.wait_members_changed()
 
 
-async def wait_announced(node: Node) -> None:
-    """Give members that connected just now a moment to say what they offer."""
-    with trio.move_on_after(ANNOUNCED_S):
-        while any(node.discovery.announcement(peer) is None for peer in node.membership.members()):
+async def wait_announced(node: Node) -> bool:
+    """Give members that connected just now a moment; return whether one said what it offers."""
+
+    def silent() -> int:
+        found = map(node.discovery.announcement, node.membership.members())
+        return sum(announcement is None for announcement in found)
+
+    before = silent()
+    with trio.move_on_after(ANNOUNCED_S if before else 0):
+        while silent():
             await node.wait_members_changed()
+    return silent() < before

@@ -11,7 +11,7 @@ import importlib
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import trio
@@ -71,9 +71,12 @@ def _allow_files() -> None:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        is_allowed = hard == resource.RLIM_INFINITY or hard >= FILES_WANTED
-        if is_allowed and soft != resource.RLIM_INFINITY and soft < FILES_WANTED:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (FILES_WANTED, hard))
+        if soft == resource.RLIM_INFINITY or soft >= FILES_WANTED:
+            return
+        # mlx-lm sets both bounds when it is imported; root may raise them again, others the first.
+        for wanted in ((FILES_WANTED, max(hard, FILES_WANTED)), (hard, hard)):
+            with suppress(ValueError, OSError):
+                return resource.setrlimit(resource.RLIMIT_NOFILE, wanted)
 
 
 def _verify_once(
