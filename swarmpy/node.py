@@ -63,8 +63,7 @@ MEMORY_SHARE = 0.75
 """Part of the available memory a node offers where no budget is set: the rest stays its owner's."""
 
 CAPACITIES_MAX = 64
-"""Members looked at for one plan: a ring has as many stages at most. Connected ones come first,
-then those with the most memory."""
+"""Members looked at for one plan: the connected ones first, then those with the most memory."""
 
 PORTS_FILE = "ports.json"
 """Ports of the last run: a restarted node is found at once where it was."""
@@ -382,8 +381,7 @@ class Node:
             is_rehearsal: Only return what it would come to.
 
         Raises:
-            NotAMember: No such peer is known, or none that this node may revoke.
-            MembershipError: Several peers are called so.
+            MembershipError: No such peer is known or may be revoked here, or several are called so.
         """
         return node_members.revoke(self, peer, network=network, is_rehearsal=is_rehearsal)
 
@@ -472,8 +470,8 @@ class Node:
         capacities = [self._own_capacity(model_id)] if self.engine else []
         offering = [item for item in self.discovery.reachable() if item.engine]
         if len(offering) > CAPACITIES_MAX:
-            is_member = self.membership.is_member
-            offering.sort(key=lambda it: (not is_member(PeerId(it.peer)), -it.memory_bytes_max))
+            members = set(self.membership.members())
+            offering.sort(key=lambda it: (it.peer not in members, -it.memory_bytes_max))
         capacities += [self._capacity(item, model_id) for item in offering[:CAPACITIES_MAX]]
         return capacities
 
