@@ -27,9 +27,13 @@ HANDSHAKES_MAX = 128
 HANDSHAKES_PER_SUBNET_MAX = 32
 """The same per IPv4 address or IPv6 /64, so that one flooder cannot take all places."""
 
+HANDSHAKES_PER_SITE_MAX = 64
+"""The same per IPv6 /48, of which one flooder may hold every /64."""
+
 HANDSHAKES_PER_SECOND_MAX = 16.0
 """Inbound handshakes begun a second for one IPv4 address or IPv6 /64, on average: each costs 1 ms,
-and 10,000 connections a minute from one place may cost the others a tenth of their rate."""
+and 10,000 connections a minute from one place may cost the others a tenth of their rate. An IPv6
+/48 has four times as many."""
 
 HANDSHAKES_BURST_MAX = 256
 """The same at once: a swarm behind one address that comes back together, more than listeners keep

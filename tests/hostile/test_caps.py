@@ -57,6 +57,7 @@ TESTED = {
     "CONNECTIONS_MAX": "net/test_admission.py",
     "HANDSHAKES_MAX": "hostile/test_caps.py",
     "HANDSHAKES_PER_SUBNET_MAX": "hostile/test_caps.py",
+    "HANDSHAKES_PER_SITE_MAX": "net/test_handshakes.py",
     "HANDSHAKES_PER_SECOND_MAX": "net/test_handshakes.py",
     "HANDSHAKES_BURST_MAX": "net/test_handshakes.py",
     "HANDSHAKE_TIMEOUT_S": "hostile/test_caps.py",
