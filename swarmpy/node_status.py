@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from swarmpy.discovery.service import PeerView
+from swarmpy.identity import PeerId
 from swarmpy.proto.invite import words_of
 from swarmpy.shards.catalog import ModelEntry
 from swarmpy.status import ModelStatus, NetworkStatus, NodeStatus, PeerStatus
@@ -75,7 +77,9 @@ def _holders(node: Node, model_id: str) -> tuple[str, ...]:
 
 def peer_statuses(node: Node) -> list[PeerStatus]:
     """Return every peer known, this node first, then in PeerId order."""
-    return [_own_status(node), *(_peer_status(node, view) for view in node.discovery.peers())]
+    revoked = _revoked(node)
+    others = [_peer_status(node, view, revoked) for view in node.discovery.peers()]
+    return [_own_status(node), *others]
 
 
 def status_of(node: Node) -> NodeStatus:
@@ -142,7 +146,13 @@ def _own_status(node: Node) -> PeerStatus:
     )
 
 
-def _peer_status(node: Node, view: PeerView) -> PeerStatus:
+def _revoked(node: Node) -> set[PeerId]:
+    """Return who was let go from a network of this node; some may be members by other records."""
+    own = node.membership.own_memberships()
+    return {item.peer for item in node.membership.revocations() if item.network_id in own}
+
+
+def _peer_status(node: Node, view: PeerView, revoked: Collection[PeerId]) -> PeerStatus:
     told = node.discovery.announcement(view.peer)
     connection = node.host.connection_to(view.peer)
     names = {network.id: network.name for network in node.membership.networks()}
@@ -151,7 +161,7 @@ def _peer_status(node: Node, view: PeerView) -> PeerStatus:
     return PeerStatus(
         peer=view.peer,
         name=view.name,
-        state=view.state,
+        state="revoked" if view.state == "visible" and view.peer in revoked else view.state,
         addresses=tuple(view.addresses),
         source=view.source,
         path=connection.path if connection else "",

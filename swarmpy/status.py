@@ -48,7 +48,7 @@ class PeerStatus(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     state: str
     """member (connected), known (a member to connect to when it is needed), visible (not joined),
-    connecting, lost or self."""
+    revoked (visible, and let go from a network of this node), connecting, lost or self."""
     addresses: tuple[str, ...]
     source: str
     """How it was found: cache, mdns, invite, announce or inbound."""

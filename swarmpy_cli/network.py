@@ -79,7 +79,7 @@ def peers(settings: Settings, /, is_json: bool) -> None:
     if not answer:
         click.echo("no peers yet: `swarmpy invite` makes a code for another machine")
         return
-    order = ("self", "member", "known", "connecting", "visible", "lost")
+    order = ("self", "member", "known", "connecting", "visible", "lost", "revoked")
     rank = {state: number for number, state in enumerate(order)}
     answer.sort(key=lambda peer: (rank.get(peer.state, len(order)), peer.name))
     print_table(

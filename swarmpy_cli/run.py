@@ -53,6 +53,9 @@ MEMBERS_KNOWN_S = 2.0
 
 MEMBERS_POLL_S = 0.05
 
+NO_MEMBERS = ("self", "visible", "revoked")
+"""States of peers that will tell of no models."""
+
 Answer = TypeVar("Answer")
 
 Startup = Callable[["Node", Steps], Awaitable[dict[str, object]]]
@@ -315,7 +318,7 @@ async def _wait_members_known(node: Node) -> None:
 
     with trio.move_on_after(MEMBERS_KNOWN_S):
         while True:
-            others = [peer for peer in node.peers() if peer.state not in ("self", "visible")]
+            others = [peer for peer in node.peers() if peer.state not in NO_MEMBERS]
             if not others or any(peer.models for peer in others):
                 return
             await trio.sleep(MEMBERS_POLL_S)

@@ -28,6 +28,7 @@ from swarmpy.node import Node
 from swarmpy.pipeline.session import Generation
 from swarmpy.proto.pipeline import Sampling
 from swarmpy.testing.engine import reply
+from tests.small_nodes import until
 from tests.swarms import MODEL, WHOLE_BYTES, config, environment, tcp_swarm, wait_no_sessions
 
 PROMPT = list(range(150))
@@ -311,3 +312,16 @@ async def test_status_tells_what_the_node_holds(tmp_path: Path) -> None:
     assert len(status.networks[0].words.split()) == 4
     assert [shard.split()[0] for shard in status.shards] == ["echo"]
     assert status.memory_bytes_free < status.memory_bytes_max
+
+
+async def test_a_member_that_was_let_go_is_shown_as_revoked(tmp_path: Path) -> None:
+    """Not as a stranger: by who revoked it, and by who was told."""
+    async with tcp_swarm(tmp_path) as nodes:
+        first, second, third = nodes
+        first.revoke(third.peer_id)
+
+        def states(node: Node) -> dict[str, str]:
+            return {peer.name: peer.state for peer in node.peers()}
+
+        assert states(first) == {"a": "self", "b": "member", "c": "revoked"}
+        await until(lambda: states(second) == {"a": "member", "b": "self", "c": "revoked"})

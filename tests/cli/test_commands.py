@@ -185,7 +185,7 @@ def test_a_member_that_was_let_in_is_revoked(home: Path, place: Path) -> None:
     assert len(revoked["networks"]) == 1
     peers = document(home, "peers")["peers"]
     assert isinstance(peers, list)
-    assert {peer["name"]: peer["state"] for peer in peers}.get("dora") != "member"
+    assert {peer["name"]: peer["state"] for peer in peers}["dora"] == "revoked"
     again = ran(home, "revoke", "nobody", "--yes", "--json")
     assert json.loads(again.stdout)["error"]["code"] == "not_a_member"
 
