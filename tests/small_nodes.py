@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,6 +131,36 @@ async def small_node(
     finally:
         membership.close()
         cache.close()
+
+
+@asynccontextmanager
+async def small_swarm(
+    folder: Path,
+    *names: str,
+    world: SimNetwork | None = None,
+    clock: Callable[[], WallSeconds] = wall_time,
+    with_discovery: bool = False,
+) -> AsyncIterator[list[SmallNode]]:
+    """Run nodes of a simulated LAN, each in the folder of its name: ann on machine 1, bob on 2.
+
+    Args:
+        folder: Where their folders are.
+        world: Their network, where more happens to it than this.
+    """
+    lan = SimNetwork() if world is None else world
+    async with AsyncExitStack() as stack:
+        yield [
+            await stack.enter_async_context(
+                small_node(
+                    name,
+                    machine(lan, ord(name[0]) - ord("a") + 1),
+                    folder / name,
+                    clock=clock,
+                    with_discovery=with_discovery,
+                )
+            )
+            for name in names
+        ]
 
 
 async def until(condition: Callable[[], bool], *, within_s: float = 5.0) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
-from small_nodes import SmallNode, is_member, join, machine, small_node, until
+from small_nodes import SmallNode, is_member, join, machine, small_node, small_swarm, until
 from trio.testing import MockClock
 
 from swarmpy.abc import Address, DiscoverySource, Sighting, Stream
@@ -36,6 +37,29 @@ class Whisper(DiscoverySource):
     def tell(self, node: SmallNode) -> None:
         """Report where a node is."""
         self.see(Sighting(peer=node.peer, addresses=tuple(node.host.addresses), source=self.name))
+
+
+@asynccontextmanager
+async def whispered(
+    world: SimNetwork, folder: Path, *, with_discovery: bool = True
+) -> AsyncIterator[tuple[Whisper, SmallNode, SmallNode]]:
+    """Run ann, who is told of peers, and bob; return who tells her, and both.
+
+    Args:
+        with_discovery: Whether bob looks for peers too.
+    """
+    link = Whisper()
+    async with (
+        small_node(
+            "ann",
+            machine(world, 1),
+            folder / "a",
+            with_discovery=True,
+            sources=lambda *_: [link],
+        ) as ann,
+        small_node("bob", machine(world, 2), folder / "b", with_discovery=with_discovery) as bob,
+    ):
+        yield link, ann, bob
 
 
 async def test_three_nodes_joined_at_one_of_them_are_all_connected_at_once(
@@ -70,17 +94,7 @@ async def test_two_nodes_without_an_invite_see_each_other_as_visible(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
     world = SimNetwork()
-    link = Whisper()
-    async with (
-        small_node(
-            "ann",
-            machine(world, 1),
-            tmp_path / "a",
-            with_discovery=True,
-            sources=lambda *_: [link],
-        ) as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
-    ):
+    async with whispered(world, tmp_path) as (link, ann, bob):
         ann.membership.create_network()
         bob.membership.create_network()
         await trio.testing.wait_all_tasks_blocked()
@@ -101,17 +115,7 @@ async def test_a_visible_stranger_is_dialled_once_however_often_it_is_seen(
     world = SimNetwork(
         observe=lambda kind, source, target, data: dials.append(target) if kind == "dial" else None
     )
-    link = Whisper()
-    async with (
-        small_node(
-            "ann",
-            machine(world, 1),
-            tmp_path / "a",
-            with_discovery=True,
-            sources=lambda *_: [link],
-        ) as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
-    ):
+    async with whispered(world, tmp_path) as (link, ann, bob):
         ann.membership.create_network()
         await trio.testing.wait_all_tasks_blocked()
 
@@ -167,19 +171,19 @@ async def test_all_nodes_restarting_together_are_reconnected_within_a_second(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
     world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
-        small_node("cid", machine(world, 3), tmp_path / "c", with_discovery=True) as cid,
+    async with small_swarm(tmp_path, "ann", "bob", "cid", world=world, with_discovery=True) as (
+        ann,
+        bob,
+        cid,
     ):
         await join(bob, ann)
         await join(cid, ann)
         await until(lambda: is_member(bob, cid))
 
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
-        small_node("cid", machine(world, 3), tmp_path / "c", with_discovery=True) as cid,
+    async with small_swarm(tmp_path, "ann", "bob", "cid", world=world, with_discovery=True) as (
+        ann,
+        bob,
+        cid,
     ):
         nodes = (ann, bob, cid)
         await until(lambda: all(len(node.membership.members()) == 2 for node in nodes), within_s=1)
@@ -288,11 +292,7 @@ async def test_a_peer_that_is_no_member_any_more_is_forgotten(
 
 async def test_discovery_ends_with_its_host(autojump_clock: MockClock, tmp_path: Path) -> None:
     """Goal: a host that closes under a running node loses its members and is not dialled with."""
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", with_discovery=True) as (ann, bob):
         await join(bob, ann)
 
         bob.host.close()
@@ -322,17 +322,7 @@ async def test_a_stranger_that_nobody_speaks_of_any_more_is_not_listed(
 async def test_strangers_cannot_fill_the_table(autojump_clock: MockClock, tmp_path: Path) -> None:
     """Goal: a link full of forged sightings leaves room for members."""
     world = SimNetwork()
-    link = Whisper()
-    async with (
-        small_node(
-            "ann",
-            machine(world, 1),
-            tmp_path / "a",
-            with_discovery=True,
-            sources=lambda *_: [link],
-        ) as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b") as bob,
-    ):
+    async with whispered(world, tmp_path, with_discovery=False) as (link, ann, bob):
         assert ann.discovery is not None
         ann.membership.create_network()
         await trio.testing.wait_all_tasks_blocked()

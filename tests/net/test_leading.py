@@ -6,7 +6,7 @@ close or starve it; the other streams of its connection must notice nothing.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -107,6 +107,15 @@ class Ends:
         await trio.sleep(2 * LATENCY_S)
         far = self.arrived[near.stream_id]
         await receive_exactly(far, 1)
+        return near, far
+
+    async def led(
+        self, nursery: trio.Nursery, read: Callable[..., Awaitable[None]], *args: object
+    ) -> tuple[NativeStream, NativeStream]:
+        """Return both ends of a new stream whose reader leads: `read(stream, *args)`."""
+        near, far = await self.stream()
+        nursery.start_soon(read, near, *args)
+        await self.until_led(near, far)
         return near, far
 
     async def until_led(self, stream: NativeStream, far: NativeStream) -> None:
@@ -299,9 +308,7 @@ async def test_a_leader_to_whom_nothing_comes_serves_the_others(autojump_clock: 
 
 async def test_a_handler_of_a_stream_that_a_leader_received_runs(autojump_clock: object) -> None:
     async with running() as ends, trio.open_nursery() as nursery:
-        led, led_far = await ends.stream()
-        nursery.start_soon(drain, led)
-        await ends.until_led(led, led_far)
+        await ends.led(nursery, drain)
         stream = ends.far.open_stream(ANY, Priority.CONTROL)
         await stream.send_all(b"hello")
         await trio.sleep(2 * LATENCY_S)
@@ -311,9 +318,7 @@ async def test_a_handler_of_a_stream_that_a_leader_received_runs(autojump_clock:
 
 async def test_a_second_reader_of_a_leading_stream_is_refused(autojump_clock: object) -> None:
     async with running() as ends, trio.open_nursery() as nursery:
-        near, far = await ends.stream()
-        nursery.start_soon(drain, near)
-        await ends.until_led(near, far)
+        near, _ = await ends.led(nursery, drain)
         with pytest.raises(LocalProtocolError, match="two tasks"):
             await near.receive_some()
         nursery.cancel_scope.cancel()
@@ -329,7 +334,7 @@ def told_s() -> list[float]:
 
 
 async def expect(
-    error: type[NetworkError], match: str, stream: NativeStream, told_s: list[float]
+    stream: NativeStream, error: type[NetworkError], match: str, told_s: list[float]
 ) -> None:
     with pytest.raises(error, match=match):
         await drain(stream)
@@ -341,9 +346,7 @@ async def test_a_leader_whose_stream_is_reset_here_learns_it_at_once(
 ) -> None:
     """It waits for the socket, where nothing may ever come: a frozen peer sends no more."""
     async with running() as ends, trio.open_nursery() as nursery:
-        near, far = await ends.stream()
-        nursery.start_soon(expect, StreamReset, "reset here", near, told_s)
-        await ends.until_led(near, far)
+        near, _ = await ends.led(nursery, expect, StreamReset, "reset here", told_s)
         ends.world.freeze("10.0.0.2")
         await trio.sleep(2 * LATENCY_S)
         at_s = trio.current_time()
@@ -361,9 +364,7 @@ async def test_a_leader_whose_stream_is_shed_learns_it_at_once(
 ) -> None:
     """The node's budget is one for all connections: another one's bytes may cost this stream."""
     async with running() as ends, trio.open_nursery() as nursery:
-        near, far = await ends.stream()
-        nursery.start_soon(expect, StreamReset, "unread", near, told_s)
-        await ends.until_led(near, far)
+        near, _ = await ends.led(nursery, expect, StreamReset, "unread", told_s)
         at_s = trio.current_time()
         ends.near._yamux.reset(near.stream_id)
         ends.near._was_shed(near.stream_id)
@@ -376,9 +377,7 @@ async def test_a_leader_whose_stream_the_peer_resets_is_told_and_hands_over(
     autojump_clock: object, told_s: list[float]
 ) -> None:
     async with running() as ends, trio.open_nursery() as nursery:
-        near, far = await ends.stream()
-        nursery.start_soon(expect, StreamReset, "the peer gave it up", near, told_s)
-        await ends.until_led(near, far)
+        _, far = await ends.led(nursery, expect, StreamReset, "the peer gave it up", told_s)
         far.reset()
         await trio.sleep(2 * LATENCY_S)
         assert told_s
@@ -389,9 +388,7 @@ async def test_a_leader_reads_on_while_its_own_sending_side_is_closed(
     autojump_clock: object,
 ) -> None:
     async with running() as ends, trio.open_nursery() as nursery:
-        near, far = await ends.stream()
-        nursery.start_soon(drain, near)
-        await ends.until_led(near, far)
+        near, far = await ends.led(nursery, drain)
         await near.close_write()
         assert await receive_all(far) == b""
         await check_it_moves(ends)
@@ -408,9 +405,9 @@ async def test_a_connection_that_ends_while_it_is_led_tells_everybody(
         led, far = await ends.stream()
         waiting, _ = await ends.stream()
         told_s: list[float] = []
-        nursery.start_soon(expect, ConnectionLost, "connection to", led, told_s)
+        nursery.start_soon(expect, led, ConnectionLost, "connection to", told_s)
         await ends.until_led(led, far)
-        nursery.start_soon(expect, ConnectionLost, "connection to", waiting, told_s)
+        nursery.start_soon(expect, waiting, ConnectionLost, "connection to", told_s)
         await ends.far.open_stream(ANY, Priority.CONTROL).send_all(b"tidy")
         await trio.sleep(2 * LATENCY_S)
         assert waiting._reader is not None
@@ -454,9 +451,7 @@ async def test_a_wait_that_finds_the_connection_broken_does_not_begin(
 
 async def test_a_led_connection_is_kept_alive_and_measured(autojump_clock: object) -> None:
     async with running() as ends, trio.open_nursery() as nursery:
-        near, far = await ends.stream()
-        nursery.start_soon(drain, near)
-        await ends.until_led(near, far)
+        near, _ = await ends.led(nursery, drain)
         ends.near.rtt_s = None
         await trio.sleep(3600)
         assert near._is_leading
@@ -470,9 +465,7 @@ async def test_a_peer_that_freezes_while_somebody_leads_is_given_up(
     autojump_clock: object, told_s: list[float]
 ) -> None:
     async with running() as ends, trio.open_nursery() as nursery:
-        near, far = await ends.stream()
-        nursery.start_soon(expect, ConnectionLost, "nothing was heard", near, told_s)
-        await ends.until_led(near, far)
+        await ends.led(nursery, expect, ConnectionLost, "nothing was heard", told_s)
         at_s = trio.current_time()
         ends.world.freeze("10.0.0.2")
         await trio.sleep(60)

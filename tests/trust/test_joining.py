@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
-from small_nodes import Clock, SmallNode, machine, small_node, until
+from small_nodes import Clock, SmallNode, join, machine, small_node, small_swarm, until
 from trio.testing import MockClock
 
 from swarmpy.abc import Address, Stream
@@ -45,11 +45,7 @@ async def show(node: SmallNode, issuer: SmallNode, sealed: bytes) -> Accepted | 
 async def test_a_joiner_and_its_issuer_become_members_to_each_other(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob") as (ann, bob):
         network = ann.membership.create_network()
         invite = await ann.membership.create_invite()
 
@@ -66,10 +62,7 @@ async def test_joining_over_a_slow_link_takes_less_than_two_seconds(
 ) -> None:
     """Goal: the bound of the issue with room to spare. Method: 50 ms each way."""
     world = SimNetwork(link=Link(latency_s=0.05))
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", world=world) as (ann, bob):
         ann.membership.create_network()
         invite = await ann.membership.create_invite()
 
@@ -82,15 +75,9 @@ async def test_joining_over_a_slow_link_takes_less_than_two_seconds(
 async def test_a_third_node_is_accepted_by_one_that_never_saw_its_invite(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-        small_node("cid", machine(world, 3), tmp_path / "cid") as cid,
-    ):
-        ann.membership.create_network()
-        await bob.membership.redeem((await ann.membership.create_invite()).code)
-        await cid.membership.redeem((await ann.membership.create_invite()).code)
+    async with small_swarm(tmp_path, "ann", "bob", "cid") as (ann, bob, cid):
+        await join(bob, ann)
+        await join(cid, ann)
 
         await cid.host.dial(bob.peer, bob.host.addresses)
 
@@ -100,15 +87,9 @@ async def test_a_third_node_is_accepted_by_one_that_never_saw_its_invite(
 
 async def test_an_invited_member_invites_others(autojump_clock: MockClock, tmp_path: Path) -> None:
     """A chain of two links convinces the founder, who never heard of the third node."""
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-        small_node("cid", machine(world, 3), tmp_path / "cid") as cid,
-    ):
-        ann.membership.create_network()
-        await bob.membership.redeem((await ann.membership.create_invite()).code)
-        await cid.membership.redeem((await bob.membership.create_invite()).code)
+    async with small_swarm(tmp_path, "ann", "bob", "cid") as (ann, bob, cid):
+        await join(bob, ann)
+        await join(cid, bob)
 
         await cid.host.dial(ann.peer, ann.host.addresses)
 
@@ -118,11 +99,7 @@ async def test_an_invited_member_invites_others(autojump_clock: MockClock, tmp_p
 async def test_a_member_without_the_scope_cannot_invite(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob") as (ann, bob):
         ann.membership.create_network()
         invite = await ann.membership.create_invite(can_invite=False)
         await bob.membership.redeem(invite.code)
@@ -134,26 +111,21 @@ async def test_a_member_without_the_scope_cannot_invite(
 async def test_of_two_joiners_racing_for_one_code_exactly_one_wins(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
     outcomes: list[str] = []
 
-    async def join(node: SmallNode, code: str) -> None:
+    async def redeem(node: SmallNode, code: str) -> None:
         try:
             await node.membership.redeem(code)
             outcomes.append("joined")
         except InviteUsed:
             outcomes.append("used")
 
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-        small_node("cid", machine(world, 3), tmp_path / "cid") as cid,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", "cid") as (ann, bob, cid):
         ann.membership.create_network()
         invite = await ann.membership.create_invite()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(join, bob, invite.code)
-            nursery.start_soon(join, cid, invite.code)
+            nursery.start_soon(redeem, bob, invite.code)
+            nursery.start_soon(redeem, cid, invite.code)
 
         assert sorted(outcomes) == ["joined", "used"]
         assert len(bob.membership.networks()) + len(cid.membership.networks()) == 1
@@ -162,13 +134,7 @@ async def test_of_two_joiners_racing_for_one_code_exactly_one_wins(
 async def test_a_code_for_two_admits_two_and_no_third(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-        small_node("cid", machine(world, 3), tmp_path / "cid") as cid,
-        small_node("dan", machine(world, 4), tmp_path / "dan") as dan,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", "cid", "dan") as (ann, bob, cid, dan):
         ann.membership.create_network()
         invite = await ann.membership.create_invite(uses=2)
         await bob.membership.redeem(invite.code)
@@ -181,11 +147,7 @@ async def test_a_code_for_two_admits_two_and_no_third(
 async def test_the_same_joiner_asking_again_gets_the_same_answer(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob") as (ann, bob):
         ann.membership.create_network()
         sealed = decode_invite((await ann.membership.create_invite()).code).envelope
 
@@ -229,13 +191,8 @@ async def test_an_issuer_that_crashes_before_its_answer_arrives_has_burnt_no_cod
 
 
 async def test_joining_twice_uses_no_second_code(autojump_clock: MockClock, tmp_path: Path) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
-        ann.membership.create_network()
-        await bob.membership.redeem((await ann.membership.create_invite()).code)
+    async with small_swarm(tmp_path, "ann", "bob") as (ann, bob):
+        await join(bob, ann)
         second = await ann.membership.create_invite()
 
         joined = await bob.membership.redeem(second.code)
@@ -266,11 +223,7 @@ def _changed(code: str) -> str:
 async def test_a_damaged_code_is_malformed_and_stores_nothing(
     autojump_clock: MockClock, tmp_path: Path, damage: Callable[[str], str]
 ) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob") as (ann, bob):
         ann.membership.create_network()
         invite = await ann.membership.create_invite()
 
@@ -284,11 +237,7 @@ async def test_a_damaged_code_is_malformed_and_stores_nothing(
 async def test_a_code_broken_by_spaces_lines_and_capitals_is_read(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob") as (ann, bob):
         ann.membership.create_network()
         code = (await ann.membership.create_invite()).code
 
@@ -300,12 +249,8 @@ async def test_a_code_broken_by_spaces_lines_and_capitals_is_read(
 async def test_a_code_that_is_over_is_refused_without_a_dial(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
     clock = Clock()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann", clock=clock) as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob", clock=clock) as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", clock=clock) as (ann, bob):
         ann.membership.create_network()
         invite = await ann.membership.create_invite(ttl_s=60)
         clock.offset_s += 3600
@@ -337,11 +282,7 @@ async def test_the_issuers_clock_decides_and_both_clocks_are_named(
 
 
 async def test_a_revoked_code_is_refused_as_used(autojump_clock: MockClock, tmp_path: Path) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob") as (ann, bob):
         ann.membership.create_network()
         invite = await ann.membership.create_invite()
         assert ann.membership.revoke_invite(invite.id)
@@ -355,12 +296,7 @@ async def test_a_revoked_code_is_refused_as_used(autojump_clock: MockClock, tmp_
 async def test_an_invite_shown_to_another_node_than_its_issuer_is_foreign(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-        small_node("cid", machine(world, 3), tmp_path / "cid") as cid,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", "cid") as (ann, bob, cid):
         ann.membership.create_network()
         cid.membership.create_network()
         signed = decode_invite((await ann.membership.create_invite()).code)
@@ -458,11 +394,7 @@ async def test_an_answer_that_does_not_verify_is_not_stored(
 async def test_three_wrong_codes_block_their_sender_for_a_minute(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob") as (ann, bob):
         ann.membership.create_network()
         good = decode_invite((await ann.membership.create_invite()).code).envelope
         wrong = good[:-1] + bytes([good[-1] ^ 1])
@@ -479,11 +411,7 @@ async def test_three_wrong_codes_block_their_sender_for_a_minute(
 
 
 async def test_a_blocked_joiner_is_told_to_wait(autojump_clock: MockClock, tmp_path: Path) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob") as (ann, bob):
         ann.membership.create_network()
         code = (await ann.membership.create_invite()).code
         for _ in range(3):
@@ -501,13 +429,9 @@ async def test_an_issuer_whose_own_membership_has_ended_admits_nobody(
     """Method: bob invites an hour before his record ends; his code is shown an hour after."""
     world = SimNetwork()
     clock = Clock()
-    async with (
-        small_node("bob", machine(world, 2), tmp_path / "bob", clock=clock) as bob,
-        small_node("cid", machine(world, 3), tmp_path / "cid", clock=clock) as cid,
-    ):
+    async with small_swarm(tmp_path, "bob", "cid", world=world, clock=clock) as (bob, cid):
         async with small_node("ann", machine(world, 1), tmp_path / "ann", clock=clock) as ann:
-            ann.membership.create_network()
-            await bob.membership.redeem((await ann.membership.create_invite()).code)
+            await join(bob, ann)
         clock.offset_s += 30 * 86400 - 3600
         code = (await bob.membership.create_invite()).code
         clock.offset_s += 7200
@@ -525,8 +449,7 @@ async def test_a_connection_lost_before_the_answer_costs_another_try_and_not_the
     """Method: the issuer closes the connection while its answer is under way."""
     world = SimNetwork(link=Link(latency_s=0.5))
     async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
+        small_swarm(tmp_path, "ann", "bob", world=world) as (ann, bob),
         trio.open_nursery() as nursery,
     ):
         ann.membership.create_network()
@@ -560,11 +483,7 @@ async def test_a_joiner_sees_network_issuer_words_scope_and_expiry_before_it_dia
     autojump_clock: MockClock,
     tmp_path: Path,
 ) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob") as (ann, bob):
         ann.membership.create_network("kitchen")
         invite = await ann.membership.create_invite(can_invite=False)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from small_nodes import Clock, SmallNode, machine, small_node, until
+from small_nodes import Clock, SmallNode, join, machine, small_node, small_swarm, until
 from trio.testing import MockClock
 
 from swarmpy.abc import Address, ProtocolId, Stream
@@ -22,13 +22,6 @@ from swarmpy.trust.exchange import channel_binding
 
 WORK = ProtocolId("/swarmpy/work/1")
 DAY_S = 86400.0
-
-
-async def join(joiner: SmallNode, issuer: SmallNode) -> None:
-    if not issuer.membership.networks():
-        issuer.membership.create_network()
-    await joiner.membership.redeem((await issuer.membership.create_invite()).code)
-    await issuer.membership.wait_member(joiner.peer)
 
 
 def serve_work(node: SmallNode) -> list[PeerId]:
@@ -53,11 +46,7 @@ async def test_a_stranger_is_served_nothing_but_identify_ping_and_membership(
     autojump_clock: MockClock,
     tmp_path: Path,
 ) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("eve", machine(world, 2), tmp_path / "eve") as eve,
-    ):
+    async with small_swarm(tmp_path, "ann", "eve") as (ann, eve):
         served = serve_work(ann)
         ann.membership.create_network()
         eve.membership.create_network()
@@ -76,11 +65,7 @@ async def test_a_stranger_is_served_nothing_but_identify_ping_and_membership(
 
 
 async def test_a_member_is_served(autojump_clock: MockClock, tmp_path: Path) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob") as (ann, bob):
         serve_work(ann)
         await join(bob, ann)
 
@@ -97,8 +82,7 @@ async def test_no_stream_opened_on_hearing_of_a_member_is_refused(
     world = SimNetwork(link=Link(latency_s=0.1))
     answers: list[bytes] = []
     async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
+        small_swarm(tmp_path, "ann", "bob", world=world) as (ann, bob),
         trio.open_nursery() as nursery,
     ):
 
@@ -125,11 +109,7 @@ async def test_a_stranger_learns_nothing_of_this_nodes_networks(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
     """Tags that name no network of ours get an empty answer, whatever we are in."""
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("eve", machine(world, 2), tmp_path / "eve") as eve,
-    ):
+    async with small_swarm(tmp_path, "ann", "eve") as (ann, eve):
         ann.membership.create_network()
         await eve.host.dial(ann.peer, ann.host.addresses)
         messages = MessageStream(await eve.host.open_stream(ann.peer, [PROTOCOL]))
@@ -143,12 +123,7 @@ async def test_another_members_proof_admits_nobody(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
     """Goal: a proof copied from a member is worthless. Method: eve knows the id and shows bob's."""
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-        small_node("eve", machine(world, 3), tmp_path / "eve") as eve,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", "eve") as (ann, bob, eve):
         await join(bob, ann)
         ((network_id, stolen),) = bob.membership.own_memberships().items()
         await eve.host.dial(ann.peer, ann.host.addresses)
@@ -170,11 +145,7 @@ async def test_another_members_proof_admits_nobody(
 async def test_a_stranger_that_stays_one_is_sent_away(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("eve", machine(world, 2), tmp_path / "eve") as eve,
-    ):
+    async with small_swarm(tmp_path, "ann", "eve") as (ann, eve):
         await eve.host.dial(ann.peer, ann.host.addresses)
         await trio.sleep(20)
         assert ann.host.connection_to(eve.peer) is not None
@@ -206,17 +177,11 @@ async def test_networks_made_and_joined_survive_a_restart(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
     world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", world=world) as (ann, bob):
         await join(bob, ann)
         before = [*ann.membership.networks(), *bob.membership.networks()]
 
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", world=world) as (ann, bob):
         assert [*ann.membership.networks(), *bob.membership.networks()] == before
         assert [view.is_founder for view in before] == [True, False]
 
@@ -224,12 +189,8 @@ async def test_networks_made_and_joined_survive_a_restart(
 async def test_a_record_that_ends_soon_is_renewed_by_a_connected_member(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
     clock = Clock()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann", clock=clock) as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob", clock=clock) as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", clock=clock) as (ann, bob):
         await join(bob, ann)
         before = bob.membership.networks()[0].not_after_wall_s
         clock.offset_s += 25 * DAY_S
@@ -245,12 +206,8 @@ async def test_a_record_that_ends_soon_is_renewed_by_a_connected_member(
 async def test_a_record_that_nobody_renewed_ends_membership(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
     clock = Clock()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann", clock=clock) as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob", clock=clock) as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", clock=clock) as (ann, bob):
         serve_work(ann)
         await join(bob, ann)
         clock.offset_s += 31 * DAY_S
@@ -309,11 +266,7 @@ async def test_a_node_may_be_in_just_so_many_networks(
 async def test_a_node_with_no_room_for_a_network_uses_up_no_code(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob") as (ann, bob):
         ann.membership.create_network()
         code = (await ann.membership.create_invite()).code
         for _ in range(NETWORKS_MAX):
@@ -362,10 +315,7 @@ async def test_a_wrong_clock_is_named_on_both_sides(
 ) -> None:
     """Method: the founder restarts with a clock a month ahead and signs itself anew."""
     world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", world=world) as (ann, bob):
         await join(bob, ann)
 
     async with (
@@ -385,10 +335,7 @@ async def test_a_member_whose_record_is_over_elsewhere_is_told_why(
     """Method: both records are 25 days old, the founder signs its own anew, then bob's clock stops
     for 5 days and his record ends by the founder's clock alone."""
     world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "bob") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", world=world) as (ann, bob):
         await join(bob, ann)
     async with small_node("ann", machine(world, 1), tmp_path / "ann", clock=Clock(25 * DAY_S)):
         pass
@@ -438,11 +385,7 @@ async def test_a_refusal_cannot_command_a_terminal(
 async def test_a_peer_that_ends_the_conversation_early_stays_a_stranger(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
-        small_node("eve", machine(world, 2), tmp_path / "eve") as eve,
-    ):
+    async with small_swarm(tmp_path, "ann", "eve") as (ann, eve):
         ann.membership.create_network()
         await eve.host.dial(ann.peer, ann.host.addresses)
         messages = MessageStream(await eve.host.open_stream(ann.peer, [PROTOCOL]))

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 import trio
-from small_nodes import Clock, SmallNode, join, machine, small_node, until, wall_time
+from small_nodes import (
+    Clock,
+    SmallNode,
+    join,
+    machine,
+    small_node,
+    small_swarm,
+    until,
+    wall_time,
+)
 from trio.testing import MockClock
 
 from swarmpy.discovery.link import PROTOCOL
@@ -73,6 +82,13 @@ def signed_out(
     return open_revocation(sealed, wall_s=wall_time())
 
 
+async def share_second(bob: SmallNode, cid: SmallNode) -> NetworkId:
+    """Let cid join another network, of bob's own."""
+    second = bob.membership.create_network("second").id
+    await cid.membership.redeem((await bob.membership.create_invite(network_id=second)).code)
+    return second
+
+
 def renewed(by: SmallNode, member: Identity, proof: Proof) -> Membership:
     answer = renewal_for(
         member.peer_id,
@@ -89,12 +105,7 @@ async def test_a_member_cannot_revoke_those_it_signs_in_below_itself_unasked(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
     """Method: cid, whom ann let in, signs ann and bob in, and revokes them by those records."""
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
-        small_node("cid", machine(world, 3), tmp_path / "c", with_discovery=True) as cid,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", "cid", with_discovery=True) as (ann, bob, cid):
         await join(bob, ann)
         await join(cid, ann)
         everybody = (ann, bob, cid)
@@ -121,12 +132,7 @@ async def test_a_renewal_is_no_way_out_of_a_revocation(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
     """Method: bob signs a stranger in for an hour; the founder renews it, and then revokes bob."""
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b") as bob,
-        small_node("dan", machine(world, 4), tmp_path / "d") as dan,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", "dan") as (ann, bob, dan):
         await join(bob, ann)
         await join(dan, ann)
         sybil = identity("sybil")
@@ -145,12 +151,7 @@ async def test_nobody_renews_a_member_through_whom_it_is_one_itself(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
     """Else whom a member invited could stand above it."""
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b") as bob,
-        small_node("cid", machine(world, 3), tmp_path / "c") as cid,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", "cid") as (ann, bob, cid):
         await join(bob, ann)
         await join(cid, bob)
         network_id, above = own(bob)
@@ -162,12 +163,7 @@ async def test_nobody_renews_a_member_through_whom_it_is_one_itself(
 async def test_who_let_a_member_in_revokes_it_after_others_renewed_it(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b") as bob,
-        small_node("cid", machine(world, 3), tmp_path / "c") as cid,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", "cid") as (ann, bob, cid):
         await join(bob, ann)
         await join(cid, bob)
         network_id, before = own(cid)
@@ -191,12 +187,9 @@ async def test_a_members_revocation_leaves_what_others_vouched_for(
     Neither a new code of bob's nor the one that cid had redeemed lets it in.
     """
     world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", world=world) as (ann, bob):
         await join(bob, ann)
-        async with small_node("cid", machine(world, 3), tmp_path / "c") as cid:
+        async with small_node("cid", machine(world, 3), tmp_path / "cid") as cid:
             first = (await bob.membership.create_invite()).code
             await cid.membership.redeem(first)
             again = (await bob.membership.create_invite()).code
@@ -219,12 +212,7 @@ async def test_one_network_fills_no_places_of_another_and_members_none_of_the_ke
     monkeypatch.setattr(revocations, "BY_KEY_MAX", 20)
     monkeypatch.setattr(revocations, "BY_MEMBERS_MAX", 10)
     monkeypatch.setattr(revocations, "PER_SIGNER_MAX", 2)
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b") as bob,
-        small_node("eve", machine(world, 5), tmp_path / "e") as eve,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", "eve") as (ann, bob, eve):
         await join(bob, ann)
         network_id, authority = own(bob)
         evil = eve.membership.create_network("evil").id
@@ -281,15 +269,11 @@ async def test_a_revocation_that_the_disk_refuses_is_no_success(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
     """Method: another connection locks the database for writing."""
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob") as (ann, bob):
         await join(bob, ann)
         network_id, authority = own(bob)
         ann.membership._database.execute("PRAGMA busy_timeout=0")
-        other = sqlite3.connect(tmp_path / "a" / "membership.db", isolation_level=None)
+        other = sqlite3.connect(tmp_path / "ann" / "membership.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
 
         with pytest.raises(ConfigError):
@@ -330,17 +314,10 @@ async def test_who_is_revoked_in_one_network_is_a_member_of_the_other(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
     """Method: cid shares two networks with bob; ann revokes cid in hers; bob and cid reconnect."""
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
-        small_node("cid", machine(world, 3), tmp_path / "c", with_discovery=True) as cid,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", "cid", with_discovery=True) as (ann, bob, cid):
         await join(bob, ann)
         await join(cid, ann)
-        second = bob.membership.create_network("second").id
-        code = (await bob.membership.create_invite(network_id=second)).code
-        await cid.membership.redeem(code)
+        second = await share_second(bob, cid)
         await until(lambda: len(bob.membership.shared_networks(cid.peer)) == 2)
 
         ann.membership.revoke(cid.peer)
@@ -357,17 +334,10 @@ async def test_a_void_proof_does_not_spoil_the_others(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
     """Method: as before, but nobody tells cid, and bob begins the conversation."""
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b") as bob,
-        small_node("cid", machine(world, 3), tmp_path / "c") as cid,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", "cid") as (ann, bob, cid):
         await join(bob, ann)
         await join(cid, ann)
-        second = bob.membership.create_network("second").id
-        code = (await bob.membership.create_invite(network_id=second)).code
-        await cid.membership.redeem(code)
+        second = await share_second(bob, cid)
         ann.membership.revoke(cid.peer)
         (revocation,) = ann.membership.revocations()
         bob.membership.take_revocation(revocation)
@@ -414,11 +384,7 @@ async def test_what_membership_does_not_keep_is_not_passed_on(
 ) -> None:
     """Method: there is room for one revocation by a member; bob sends two."""
     monkeypatch.setattr(revocations, "PER_SIGNER_MAX", 1)
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", with_discovery=True) as (ann, bob):
         await join(bob, ann)
         network_id, _ = own(bob)
         sealed = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from small_nodes import Clock, SmallNode, join, machine, small_node, until
+from small_nodes import Clock, SmallNode, join, machine, small_node, small_swarm, until
 from trio.testing import MockClock
 
 from swarmpy.abc import WallSeconds
@@ -28,12 +28,11 @@ async def test_the_founder_revokes_a_member_and_whom_it_invited(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
     """Method: ann let bob and dan in, bob cid; cid and dan have never met ann's word but gossip."""
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
-        small_node("cid", machine(world, 3), tmp_path / "c", with_discovery=True) as cid,
-        small_node("dan", machine(world, 4), tmp_path / "d", with_discovery=True) as dan,
+    async with small_swarm(tmp_path, "ann", "bob", "cid", "dan", with_discovery=True) as (
+        ann,
+        bob,
+        cid,
+        dan,
     ):
         await join(bob, ann)
         await join(cid, bob)
@@ -55,12 +54,7 @@ async def test_the_founder_revokes_a_member_and_whom_it_invited(
 async def test_who_let_a_member_in_revokes_it_and_nobody_below_can(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
-    world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
-        small_node("cid", machine(world, 3), tmp_path / "c", with_discovery=True) as cid,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", "cid", with_discovery=True) as (ann, bob, cid):
         await join(bob, ann)
         await join(cid, bob)
         await until(lambda: all(len(peers(node)) == 2 for node in (ann, bob, cid)))
@@ -80,10 +74,7 @@ async def test_a_revoked_member_is_refused_by_name_and_cannot_join_again(
 ) -> None:
     """Method: bob does not hear of it (he runs no discovery), and tries all he can."""
     world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", world=world) as (ann, bob):
         await join(bob, ann)
         (membership,) = bob.membership.own_memberships().values()
         fresh = (await ann.membership.create_invite()).code
@@ -103,7 +94,7 @@ async def test_a_revoked_member_is_refused_by_name_and_cannot_join_again(
         )
         assert answer == NotRenewed()
     async with (
-        small_node("ann", machine(world, 1), tmp_path / "a") as ann,
+        small_node("ann", machine(world, 1), tmp_path / "ann") as ann,
         small_node("bob", machine(world, 2), tmp_path / "empty") as bob,
     ):
         with pytest.raises(MembershipRevoked, match=r"ann says .* was revoked") as refused:
@@ -141,10 +132,7 @@ async def test_a_revoked_node_that_hears_of_it_leaves_the_network(
     autojump_clock: MockClock, tmp_path: Path
 ) -> None:
     world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a", with_discovery=True) as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b", with_discovery=True) as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", world=world, with_discovery=True) as (ann, bob):
         await join(bob, ann)
         ann.membership.revoke(bob.peer)
         (revocation,) = ann.membership.revocations()
@@ -152,7 +140,7 @@ async def test_a_revoked_node_that_hears_of_it_leaves_the_network(
         bob.membership.take_revocation(revocation)
 
         assert not bob.membership.own_memberships()
-    async with small_node("bob", machine(world, 2), tmp_path / "b") as bob:
+    async with small_node("bob", machine(world, 2), tmp_path / "bob") as bob:
         assert not bob.membership.own_memberships()
 
 
@@ -162,15 +150,12 @@ async def test_a_revocation_is_forgotten_when_nothing_older_can_be_valid(
     world = SimNetwork()
     clock = Clock()
     assert REVOCATION_TTL_S > MEMBERSHIP_TTL_S > RENEW_BELOW_S
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a", clock=clock) as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b", clock=clock) as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", world=world, clock=clock) as (ann, bob):
         await join(bob, ann)
         ann.membership.revoke(bob.peer)
         assert len(ann.membership.revocations()) == 1
     clock.offset_s = REVOCATION_TTL_S + 60
-    async with small_node("ann", machine(world, 1), tmp_path / "a", clock=clock) as ann:
+    async with small_node("ann", machine(world, 1), tmp_path / "ann", clock=clock) as ann:
         assert ann.membership.revocations() == []
 
 
@@ -179,10 +164,7 @@ async def test_one_member_cannot_fill_the_book(
 ) -> None:
     monkeypatch.setattr(revocations, "PER_SIGNER_MAX", 1)
     world = SimNetwork()
-    async with (
-        small_node("ann", machine(world, 1), tmp_path / "a") as ann,
-        small_node("bob", machine(world, 2), tmp_path / "b") as bob,
-    ):
+    async with small_swarm(tmp_path, "ann", "bob", world=world) as (ann, bob):
         await join(bob, ann)
         for name in "cdef":
             async with small_node(name, machine(world, 3), tmp_path / name) as guest:
