@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 
 import trio
 
@@ -50,8 +50,28 @@ OTHERS_PAUSE_S = 2.0
 """From a comparison that brought much to those with the other neighbours: while many nodes start
 every comparison brings much, and would be followed by one with everybody."""
 
+PASSED_ON_MIN = 16
+PASSED_ON_SHARE = 1 / 4
+"""Of one comparison so many records, or so many for each that was here before, are passed on one by
+one, as others are: the tree brought them nowhere beyond this node yet. With more the neighbours are
+compared with: a newcomer is sent a whole table that they have, and after a cut each side lacks half
+of it."""
+
+BULK_PAUSE_S = 2.0
+"""Answers of one neighbour that follow each other more closely are of one comparison."""
+
 LISTED_MAX = 32
 """Entries under one prefix that are listed (512 bytes) instead of another level of hashes."""
+
+
+@dataclass(slots=True)
+class _Brought:
+    """What a comparison brought so far."""
+
+    known: int
+    """Records that were here before it."""
+    count: int = 0
+    until_s: float = math.inf
 
 
 class CatchUp:
@@ -66,6 +86,8 @@ class CatchUp:
         """Comparisons under way, and when their time is over."""
         self._waiting: dict[PeerId, None] = {}
         self._others_s = -math.inf
+        self._bulk_s = -math.inf
+        self._brought: dict[PeerId, _Brought] = {}
         self._roots = Budgets(count_max=ROOTS_MAX, per_s=ROOTS_PER_S)
 
     def run(self) -> None:
@@ -89,17 +111,28 @@ class CatchUp:
                 self._spreading.agenda.after(max(wait_s, WAIT_S_MIN), self._compare_next)
             self._waiting[link.peer] = None
 
-    def with_others(self, peer: PeerId) -> None:
-        """Compare with all neighbours but one, which brought much that they may lack, soon."""
+    def is_bulk(self, peer: PeerId, count: int) -> bool:
+        """Count records that a neighbour answered with; return if they are too many to pass on."""
         now_s = trio.current_time()
+        for other in [item for item, last in self._brought.items() if last.until_s <= now_s]:
+            del self._brought[other]
+        brought = self._brought.setdefault(peer, _Brought(len(self._spreading.table)))
+        brought.count += count
+        brought.until_s = now_s + BULK_PAUSE_S
+        return brought.count > max(PASSED_ON_MIN, PASSED_ON_SHARE * brought.known)
+
+    def with_others(self) -> None:
+        """Compare soon with all neighbours that were not compared with since: much was brought."""
+        now_s = self._bulk_s = trio.current_time()
         if now_s >= self._others_s:
             self._others_s = now_s + OTHERS_PAUSE_S
-            self._spreading.agenda.after(OTHERS_PAUSE_S, partial(self._compare_others, peer))
+            self._spreading.agenda.after(OTHERS_PAUSE_S, self._compare_others)
 
-    def _compare_others(self, peer: PeerId) -> None:
-        for other in sorted(self._spreading.links):
-            if other != peer:
-                self.soon(self._spreading.links[other])
+    def _compare_others(self) -> None:
+        links = self._spreading.links
+        for peer in sorted(links):
+            if links[peer].compared_s < self._bulk_s:
+                self.soon(links[peer])
 
     def _compare_next(self) -> None:
         """Compare with the neighbours that wait, as many as may, and put the others off again."""
@@ -110,6 +143,7 @@ class CatchUp:
 
     def _compare(self, link: Link) -> None:
         self._sweep()
+        link.compared_s = trio.current_time()
         for network_id in sorted(self._trust.shared_networks(link.peer)):
             root = self._spreading.table.summary(network_id).root
             link.say(Root(network=key_hash_of(network_id), root=root))

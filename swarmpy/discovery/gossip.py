@@ -24,7 +24,7 @@ from swarmpy.discovery.limits import Budgets
 from swarmpy.discovery.link import PROTOCOL, Link
 from swarmpy.discovery.liveness import Liveness
 from swarmpy.discovery.records import Record, RecordTable
-from swarmpy.discovery.spreading import Spreading
+from swarmpy.discovery.spreading import EDGES_MIN, Spreading
 from swarmpy.discovery.trust import Trust
 from swarmpy.environment import Environment
 from swarmpy.errors import ClockSkew, RemoteProtocolError, StaleRecord
@@ -97,11 +97,7 @@ CLOCK_WARNING_INTERVAL_S = 60.0
 ALONE_S = 10.0
 """A node whose last neighbour was lost so long ago, and that found no other, sees nobody."""
 
-PASSED_ON_MAX = 16
-"""Records in one answer that are passed on one by one. With more, tables are compared: a newcomer
-is sent a whole table that its neighbours have, and after a cut each side lacks half of it."""
-
-FIRST_ROOT_S = 0.5
+FIRST_ROOT_S = 3.0
 """Whoever dialled compares first. What it sent before this node took it for a member was refused,
 unnoticed over there: then this node begins."""
 
@@ -329,8 +325,7 @@ class Gossip:
 
     def link_up(self, peer: PeerId) -> Link:
         """A member connected; return its link, whose `run` the caller starts."""
-        if (former := self.links.get(peer)) is not None:
-            former.scope.cancel()
+        former = self.links.get(peer)
         link = Link(
             self._host,
             peer,
@@ -339,8 +334,11 @@ class Gossip:
             record_of=self.spreading.newest,
             on_broken=self._catchup.soon,
         )
+        if former is not None:
+            former.scope.cancel()
+            link.is_eager = former.is_eager
         self.links[peer] = link
-        self.spreading.hold_on()
+        self.spreading.met()
         if self._alone_since_s < math.inf:
             self.liveness.look_again()
         self._alone_since_s = math.inf
@@ -361,7 +359,7 @@ class Gossip:
         link = self.links.pop(peer, None)
         if link is not None:
             link.scope.cancel()
-            self.spreading.hold_on()
+            self.spreading.hold_on(edges_min=EDGES_MIN if link.is_eager else 1)
             if not self.links:
                 self._alone_since_s = trio.current_time()
         return link
@@ -398,6 +396,9 @@ class Gossip:
     async def _serve(self, stream: Stream) -> None:
         messages = MessageStream(stream)
         kinds = cast("type[Message]", Message)
+        if (link := self.links.get(stream.peer)) is not None and link.is_eager:
+            # What was said before this node was a member over there was refused, unnoticed.
+            link.want([], is_graft=True)
         try:
             while (message := await messages.receive_or_end(kinds)) is not None:
                 self._handle(message, stream.peer)
@@ -446,15 +447,17 @@ class Gossip:
         """
         wall_s = self._environment.wall_time()
         networks = self._trust.shared_networks(deliverer)
-        known = 0
-        is_bulk = records.is_answer and records.count > PASSED_ON_MAX
+        news: list[Record] = []
+        known: list[Record] = []
+        is_bulk = records.is_answer and self._catchup.is_bulk(deliverer, records.count)
         for sealed in records.revocations:
             try:
                 revocation = open_revocation(sealed, wall_s=wall_s)
             except StaleRecord:
                 continue
             if revocation.network_id in networks:
-                known += not self._take_revocation(revocation, deliverer)
+                is_news = self._take_revocation(revocation, deliverer)
+                (news if is_news else known).append(revocation)
         for sealed in records.announcements:
             try:
                 signed = open_announcement(sealed, wall_s=wall_s)
@@ -464,18 +467,20 @@ class Gossip:
             except StaleRecord:
                 continue  # Ordinary gossip.
             if signed.network_id in networks:
-                known += not self._take_announcement(signed, deliverer, is_bulk=is_bulk)
+                is_news = self._take_announcement(signed, deliverer, is_bulk=is_bulk)
+                (news if is_news else known).append(signed)
         for sealed in records.statements:
             try:
                 statement = open_statement(sealed, wall_s=wall_s)
             except StaleRecord:
                 continue
             if statement.network_id in networks:
-                known += not self.liveness.stated(statement, deliverer)
-        if is_bulk and known < records.count:
-            self._catchup.with_others(deliverer)
-        if not records.is_answer and 2 * known >= max(1, records.count):
-            self.spreading.is_known(deliverer)
+                is_news = self.liveness.stated(statement, deliverer)
+                (news if is_news else known).append(statement)
+        if is_bulk and len(known) < records.count:
+            self._catchup.with_others()
+        if not records.is_answer:
+            self.spreading.pushed(deliverer, news, known)
 
     def _warn_of_clock(self, error: ClockSkew) -> None:
         """Say why a member is not believed: nobody else could tell its owner, or this node's."""
@@ -505,7 +510,10 @@ class Gossip:
         is_refresh = isinstance(former, SignedAnnouncement) and former.contents == signed.contents
         if is_urgent or not is_bulk:
             self.spreading.spread(
-                signed, source=deliverer, is_refresh=is_refresh, is_urgent=is_urgent
+                signed,
+                source=deliverer,
+                is_refresh=is_refresh,
+                is_urgent=is_urgent,
             )
         self._on_record(signed)
         return True

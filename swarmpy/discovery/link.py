@@ -93,6 +93,8 @@ class Link:
         self.has_parted = False
         self.has_compared = False
         """Whether the neighbour has told its root since it connected."""
+        self.compared_s = -math.inf
+        """When this node told its own last."""
         self.scope = trio.CancelScope()
         self._host = host
         self._trust = trust
@@ -113,9 +115,8 @@ class Link:
         self._pushed_s = -math.inf
         self._push_spacing_s = PUSH_SPACING_S
 
-    def shares(self, network_id: NetworkId) -> bool:
+    def shares(self, network_id: NetworkId, now_s: float) -> bool:
         """Whether the neighbour is in a network of this node: it hears of no other's members."""
-        now_s = trio.current_time()
         if now_s >= self._shared_until_s or network_id not in self._shared:
             self._shared = self._trust.shared_networks(self.peer)
             self._shared_until_s = now_s + SHARED_S

@@ -43,7 +43,7 @@ from swarmpy.proto.swim import (
 logger = logging.getLogger(__name__)
 
 CHECK_INTERVAL_S = 2.0
-"""Between two looks at when each neighbour was heard last."""
+"""Between two looks at when each neighbour was heard last, at least."""
 
 ACCUSE_JITTER_S = 0.5
 """A member's neighbours find it dead at the same moment; whoever speaks first spares the others."""
@@ -179,19 +179,24 @@ class Liveness:
     # Probing --------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Look at the neighbours now and from then on, by the agenda."""
-        silent_s = trio.current_time() - SILENCE_S
+        """Look at the neighbours now and whenever one may have fallen silent, by the agenda."""
+        now_s = oldest_s = trio.current_time()
         silent: set[PeerId] = set()
-        for link in list(self._spreading.links.values()):
+        for link in self._spreading.links.values():
             connection = link.connection
-            if connection is not None and connection.heard_s < silent_s:
+            if connection is None:
+                continue
+            heard_s = connection.heard_s
+            if heard_s <= now_s - SILENCE_S:
                 silent.add(link.peer)
-            link.check(connection)
+            elif heard_s < oldest_s:
+                oldest_s = heard_s
         self.silent = frozenset(silent)
         for peer in sorted(silent):
             self.probe(peer)
             self._reach(peer)
-        self._spreading.agenda.after(CHECK_INTERVAL_S, self.run)
+        wait_s = CHECK_INTERVAL_S if silent else oldest_s + SILENCE_S - now_s
+        self._spreading.agenda.after(max(wait_s, CHECK_INTERVAL_S), self.run)
 
     def lost(self, peer: PeerId) -> None:
         """The connection to a member broke, and nobody said that it would."""
@@ -237,17 +242,17 @@ class Liveness:
         records = [record for record in self._records(peer) if self._is_unsuspected(record)]
         if not records or peer in self._probes or peer == self._identity.peer_id:
             return
-        links = self._spreading.links
+        links, now_s = self._spreading.links, trio.current_time()
         lost = self._lost.get(peer)
         others = [
             other
             for other in sorted(links)
             if other != peer
             and (lost is None or other not in lost.vouchers)
-            and any(links[other].shares(record.network_id) for record in records)
+            and any(links[other].shares(record.network_id, now_s) for record in records)
         ]
         helpers = self._environment.random.sample(others, min(HELPERS, len(others)))
-        self._probes[peer] = _Probe(trio.current_time(), frozenset((*helpers, peer)))
+        self._probes[peer] = _Probe(now_s, frozenset((*helpers, peer)))
         for asked in (peer, *helpers):
             if (link := links.get(asked)) is not None:
                 link.say(Probe(peer=peer))
@@ -283,7 +288,7 @@ class Liveness:
             link.say(Alive(peer=peer))
             return
         now_s = trio.current_time()
-        is_shared = any(link.shares(record.network_id) for record in self._records(peer))
+        is_shared = any(link.shares(record.network_id, now_s) for record in self._records(peer))
         if not is_shared or not self._askers.take(asker, now_s=now_s):
             return
         if len(self._relayed) >= PROBES_MAX and peer not in self._relayed:

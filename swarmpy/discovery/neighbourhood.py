@@ -39,8 +39,8 @@ NEIGHBOURS_MIN = 8
 """Connections to members that a node sees to. With eight each, a network of 1,000 where one in ten
 vanishes at once stays whole, and word goes round in four hops."""
 
-NEIGHBOURS_SOON = 5
-FILL_INTERVAL_S = 5.0
+NEIGHBOURS_SOON = 4
+FILL_INTERVAL_S = 8.0
 """In a larger network so many are dialled at once, and then one in so much time, about: the others
 dial too. Where all dialled eight, all had sixteen, and twice the cost of them."""
 
@@ -75,6 +75,10 @@ SHUFFLE_INTERVAL_S = 600.0
 REVIVAL_INTERVAL_S = 60.0
 """Between two looks at a member that was found dead within the hour: after a cut the two sides find
 each other this way."""
+
+REVIVALS = 4
+"""Of such looks at one member in that time, by the whole network together: after a cut there are as
+many of the dead as of the living, and everybody looks."""
 
 IDLE_STREAMS = 2
 """Streams of a connection that nothing but announcements uses: one in each direction."""
@@ -427,7 +431,8 @@ class Neighbourhood:
         """Look at one of the members that were found dead and did not announce themselves since."""
         self._gossip.agenda.after(self._about(REVIVAL_INTERVAL_S), self._revive)
         buried = [peer for peer in self._buried if self._gossip.announcement(peer) is None]
-        if buried:
+        draw = self._environment.random.random() * self._gossip.table.announcement_count
+        if buried and draw <= REVIVALS * len(buried):
             self.reach(buried[self._environment.random.randrange(len(buried))])
 
     def _flush(self) -> None:

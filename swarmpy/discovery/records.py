@@ -45,8 +45,8 @@ class RecordTable:
         self._own = own
         self._records: dict[bytes, Record] = {}
         self._summaries: dict[NetworkId, Summary] = {}
-        self._buckets: dict[NetworkId, dict[int, dict[bytes, None]]] = {}
-        """Keys by their first byte: a comparison lists a few of them."""
+        self._buckets: dict[NetworkId, dict[int, dict[bytes, int]]] = {}
+        """Versions by key, by the first byte of the key: a comparison lists a few of them."""
         self._announcement_count = 0
         self._counts: Counter[tuple[NetworkId, type[Record]]] = Counter()
         self._next_sweep_wall_s = math.inf
@@ -91,7 +91,7 @@ class RecordTable:
         if not isinstance(record, SignedStatement):
             self.summary(record.network_id).add(record.key, record.version)
         buckets = self._buckets.setdefault(record.network_id, {})
-        buckets.setdefault(record.key[0], {})[record.key] = None
+        buckets.setdefault(record.key[0], {})[record.key] = record.version
         if record.expires_wall_s < self._next_sweep_wall_s:
             self._next_sweep_wall_s = record.expires_wall_s
         return True
@@ -153,14 +153,14 @@ class RecordTable:
     def entries(self, network_id: NetworkId, prefixes: Collection[str]) -> dict[str, list[Entry]]:
         """Return the entries of a network under each of some prefixes, in order."""
         buckets = self._buckets.get(network_id, {})
-        return {
-            prefix: sorted(
-                (key, self._records[key].version)
-                for first in first_bytes(prefix)
-                for key in buckets.get(first, ())
-            )
-            for prefix in sorted(prefixes)
-        }
+        found: dict[str, list[Entry]] = {}
+        for prefix in sorted(prefixes):
+            entries = found[prefix] = []
+            for first in first_bytes(prefix):
+                if (bucket := buckets.get(first)) is not None:
+                    entries += bucket.items()
+            entries.sort()
+        return found
 
     def drop_networks(self, kept: Collection[NetworkId]) -> None:
         """Forget everything of networks that this node is not in any more."""

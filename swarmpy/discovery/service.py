@@ -319,7 +319,10 @@ class Discovery:
         running.cancel()  # the host closed: nothing is left to dial with
 
     def _connection_changed(self, peer: PeerId) -> None:
-        is_connected = self._host.connection_to(peer) is not None
+        best = self._host.connection_to(peer)
+        is_connected = best is not None
+        if (link := self._gossip.links.get(peer)) is not None:
+            link.check(best)
         entry = self._book.entry(peer, "inbound") if is_connected else self._book.get(peer)
         if entry is not None:
             self._noticed(entry)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -29,7 +29,7 @@ from swarmpy.proto.swim import SignedStatement
 TELL_CHANGE_S = 1.0
 """Until the lazy neighbours are told of news: a push over six hops was there before."""
 
-TELL_SPACING_S = 5.0
+TELL_SPACING_S = 8.0
 """Between two times that they are told of news: where there is always some, several share the
 message, which each pair of neighbours would cost otherwise."""
 
@@ -47,14 +47,23 @@ and whoever asks too early makes a cycle of the tree."""
 
 TELL_URGENT_S = 0.25
 GRAFT_URGENT_S = 0.1
-URGENT_TOLD = 3
+TOLD_AT_ONCE = 2
 """The same for a suspicion and its refutation, which must get round within five seconds: so many
 lazy neighbours are told, by chance, and the others with other news. A member that died breaks the
 tree, but into parts each of which has a neighbour that finds it dead."""
 
+EDGES_MIN = 2
+MEND_S = 10.0
+"""Edges of the tree that a node sees to, so long after it met somebody or when a storm is over:
+graphs in which each node picks two others are whole, as good as always, and what is a cycle of them
+is cut by the next news. With one each they fall into dozens of parts where many start at once."""
+
 PRUNE_SPACING_S = 1.0
 """Between two prunes: the records of several members that go round a cycle at once meet in several
 places of it, and cut everywhere it would be two trees."""
+
+PUSHED_MAX = 256
+"""Records remembered that were pushed to this node: a cycle shows within seconds."""
 
 TELLERS_MAX = 4
 """Neighbours remembered for one missing record, and tries to get it."""
@@ -114,8 +123,11 @@ class Spreading:
         self._late = _Untold(TELL_REFRESH_S)
         self._urgent = _Untold(TELL_URGENT_S)
         self._pruned_s = -math.inf
+        self._is_mending = False
         self._news_s = deque([-math.inf] * STORM_RECORDS, maxlen=STORM_RECORDS)
         self._missing: dict[bytes, _Missing] = {}
+        self._pushed: dict[bytes, int] = {}
+        """Versions of the records that were pushed here last."""
         self._tellers = Budgets(count_max=TOLD_MAX, per_s=TOLD_PER_S)
         self._budgets = Budgets(count_max=ANSWERS_MAX, per_s=ANSWERS_PER_S)
 
@@ -145,13 +157,13 @@ class Spreading:
             is_urgent: It is a suspicion or refutes one.
             to_all: Push it to every neighbour: whoever leaves has no time for the lazy way.
         """
-        key = record.key
-        self._news_s.append(trio.current_time())
+        key, network_id, now_s = record.key, record.network_id, trio.current_time()
+        self._news_s.append(now_s)
         if (missing := self._missing.get(key)) is not None and missing.version <= record.version:
             del self._missing[key]
         is_lazy = False
         for link in self.links.values():
-            if not link.shares(record.network_id):
+            if not link.shares(network_id, now_s):
                 continue
             if link.peer == source:
                 link.heard(key)
@@ -178,28 +190,55 @@ class Spreading:
         delay_s *= 0.75 + self._random.random() / 2
         self.agenda.after(delay_s, partial(self._tell, untold))
 
-    def is_known(self, peer: PeerId) -> None:
-        """A neighbour pushed what is here already: that edge is not part of the tree."""
+    def pushed(self, peer: PeerId, news: Sequence[Record], known: Sequence[Record]) -> None:
+        """A neighbour pushed records: where another had pushed them its edge makes a cycle.
+
+        What came as an answer says nothing of the tree: an edge that is slower than a comparison is
+        needed all the same.
+        """
+        met = sum(self._pushed.get(record.key, -1) >= record.version for record in known)
+        for record in news:
+            self._pushed[record.key] = record.version
+        while len(self._pushed) > PUSHED_MAX:
+            del self._pushed[next(iter(self._pushed))]
         link = self.links.get(peer)
         now_s = trio.current_time()
-        if link is not None and now_s >= self._pruned_s + PRUNE_SPACING_S:
+        is_cycle = 2 * met >= max(1, len(news) + len(known)) and not self._is_storm(now_s)
+        if link is not None and is_cycle and now_s >= self._pruned_s + PRUNE_SPACING_S:
             # A neighbour may push where this node does not: then too it is asked to stop.
             link.is_eager = False
             self._pruned_s = now_s
             link.say(Prune())
+            self.hold_on()
 
-    def hold_on(self) -> None:
-        """Be part of the tree by one edge at least; who is new makes no cycle of it with more."""
-        if self.links and not any(link.is_eager for link in self.links.values()):
-            peers = sorted(self.links)
-            link = self.links[peers[self._random.randrange(len(peers))]]
+    def hold_on(self, *, edges_min: int = 1) -> None:
+        """Be part of the tree by so many edges at least, one in the place of one that was lost."""
+        eager = sum(link.is_eager for link in self.links.values())
+        lazy = [peer for peer in sorted(self.links) if not self.links[peer].is_eager]
+        if lazy and eager < edges_min:
+            link = self.links[lazy[self._random.randrange(len(lazy))]]
             link.is_eager = True
             link.want([], is_graft=True)
+
+    def met(self) -> None:
+        """There is a neighbour more: hold on by an edge now, and by one more in a quiet moment."""
+        self.hold_on()
+        if not self._is_mending:
+            self._is_mending = True
+            self.agenda.after(MEND_S * (0.5 + self._random.random() / 2), self._mend)
+
+    def _mend(self) -> None:
+        if self._is_storm(trio.current_time()):
+            self.agenda.after(STORM_S, self._mend)
+        else:
+            self._is_mending = False
+            self.hold_on(edges_min=EDGES_MIN)
 
     def pruned(self, peer: PeerId) -> None:
         """A neighbour asks to be pushed nothing."""
         if (link := self.links.get(peer)) is not None:
             link.is_eager = False
+            self.hold_on()
 
     def asked(self, want: Want, peer: PeerId) -> None:
         """A neighbour asks for records."""
@@ -214,7 +253,7 @@ class Spreading:
         now_s = trio.current_time()
         for key in keys:
             record = self.newest(key)
-            if key in link.answers or record is None or not link.shares(record.network_id):
+            if key in link.answers or record is None or not link.shares(record.network_id, now_s):
                 continue
             if not self._budgets.take(link.peer, now_s=now_s):
                 return
@@ -251,9 +290,11 @@ class Spreading:
         if urgent:
             self.agenda.after(GRAFT_URGENT_S, partial(self._graft, urgent))
         if late:
-            is_storm = trio.current_time() < self._news_s[0] + STORM_S
-            delay_s = GRAFT_STORM_S if is_storm else GRAFT_S
+            delay_s = GRAFT_STORM_S if self._is_storm(trio.current_time()) else GRAFT_S
             self.agenda.after(delay_s, partial(self._graft, late))
+
+    def _is_storm(self, now_s: float) -> bool:
+        return now_s < self._news_s[0] + STORM_S
 
     def _is_missed(self, key: bytes, version: int, link: Link) -> bool:
         """Whether a record that a neighbour tells of is of use here.
@@ -263,7 +304,7 @@ class Spreading:
         known = self.newest(key)
         if known is None:
             return not is_gone(version)
-        if known.version >= version or not link.shares(known.network_id):
+        if known.version >= version or not link.shares(known.network_id, trio.current_time()):
             return False
         return not (is_gone(version) and isinstance(self.table.get(key), SignedStatement))
 
@@ -275,16 +316,15 @@ class Spreading:
         """Tell the lazy neighbours of what was pushed to the others a while ago."""
         now_s = trio.current_time()
         lazy = [link for link in self.links.values() if not link.is_eager]
+        lazy = self._random.sample(lazy, min(TOLD_AT_ONCE, len(lazy)))
         if untold is self._soon:
             untold.next_s = now_s + TELL_SPACING_S
-        elif untold is self._urgent:
-            lazy = self._random.sample(lazy, min(URGENT_TOLD, len(lazy)))
         for key in self._take_old(untold, now_s - untold.delay_s / 2):
             record, knowing = self.newest(key), untold.keys.pop(key)[1]
             if record is None:
                 continue  # Its member was revoked meanwhile.
             for link in lazy:
-                if link.peer not in knowing and link.shares(record.network_id):
+                if link.peer not in knowing and link.shares(record.network_id, now_s):
                     link.tell(key, record.version)
         if untold.keys:
             self._schedule(untold)

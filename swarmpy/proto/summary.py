@@ -34,6 +34,7 @@ REVOKED_VERSION = 2**62
 
 _BUCKETS = 16**PREFIX_MAX
 _MASK = (1 << 8 * ROOT_BYTES) - 1
+_SHORT_MASK = (1 << 8 * KEY_BYTES) - 1
 _ENTRY = struct.Struct(">8sQ")
 _DIGITS = "0123456789abcdef"
 
@@ -119,16 +120,21 @@ class Summary:
 
     def __init__(self) -> None:
         self._sums = [0] * _BUCKETS
+        self._children: dict[str, bytes] = {}
+        """What was asked for since it changed last."""
 
     def add(self, key: bytes, version: int) -> None:
         """Count an entry."""
-        bucket = key[0]
-        self._sums[bucket] = (self._sums[bucket] + _hash(key, version)) & _MASK
+        self._count(key[0], _hash(key, version))
 
     def remove(self, key: bytes, version: int) -> None:
         """Take an entry back that was counted."""
-        bucket = key[0]
-        self._sums[bucket] = (self._sums[bucket] - _hash(key, version)) & _MASK
+        self._count(key[0], -_hash(key, version))
+
+    def _count(self, bucket: int, value: int) -> None:
+        self._sums[bucket] = (self._sums[bucket] + value) & _MASK
+        self._children.pop("", None)
+        self._children.pop(_DIGITS[bucket >> 4], None)
 
     @property
     def root(self) -> bytes:
@@ -142,10 +148,15 @@ class Summary:
             prefix: No digit or one.
         """
         assert len(prefix) < PREFIX_MAX
-        under = first_bytes(prefix)
-        width = len(under) // 16
-        sums = (sum(self._sums[start : start + width]) for start in under[::width])
-        return b"".join((item & _MASK).to_bytes(ROOT_BYTES, "big")[-KEY_BYTES:] for item in sums)
+        children = self._children.get(prefix)
+        if children is None:
+            under = first_bytes(prefix)
+            width = len(under) // 16
+            sums = [sum(self._sums[start : start + width]) for start in under[::width]]
+            # The last bytes of a sum are those of the sum of the last bytes.
+            children = b"".join([(item & _SHORT_MASK).to_bytes(KEY_BYTES, "big") for item in sums])
+            self._children[prefix] = children
+        return children
 
 
 def differing(prefix: str, ours: bytes, theirs: bytes) -> list[str]:

@@ -87,11 +87,7 @@ class HostConnection(Connection):
     def heard_s(self) -> float:
         if self._silent_since_s is not None:
             return self._silent_since_s
-        since_s = trio.current_time() - self._opened_s
-        ping_s = (
-            self._opened_s + since_s // config.KEEPALIVE_INTERVAL_S * config.KEEPALIVE_INTERVAL_S
-        )
-        return max(self.received_s, ping_s)
+        return trio.current_time()  # Whoever is not silent would answer if it were asked.
 
     @property
     def streams(self) -> list[HostStream]:
@@ -226,7 +222,8 @@ class HostConnection(Connection):
             self._silent_since_s = None
             self.received_s = trio.current_time()
         elif not hears and self._silent_since_s is None:
-            heard_s = self._silent_since_s = self.heard_s
+            last_ping_s = self._next_ping_s() - config.KEEPALIVE_INTERVAL_S
+            heard_s = self._silent_since_s = max(self.received_s, last_ping_s)
             deadline_s = heard_s + config.KEEPALIVE_TIMEOUT_S
             self._world.calendar.post(deadline_s, self._silence_over, heard_s)
         if way.life != self._life and way.is_up:

@@ -7,7 +7,7 @@ Spec: protocols/membership.md, section 3 and States.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Container
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -64,10 +64,6 @@ class Members:
         """Return in PeerId order who showed memberships of which none is valid any more."""
         return [peer for peer in sorted(self._peers) if not self.is_admitted(peer)]
 
-    def known(self) -> Collection[PeerId]:
-        """Return in PeerId order all that have shown anything."""
-        return sorted(self._peers)
-
     def memberships(self, peer: PeerId) -> dict[NetworkId, Membership]:
         """Return what a peer has shown, whether or not it is valid still."""
         known = self._peers.get(peer)
@@ -110,6 +106,13 @@ class Members:
             for callback in self._on_lost:
                 callback(peer)
         self._wake()
+
+    def retain(self, connected: Container[PeerId]) -> None:
+        """Forget whoever is not connected, or showed no membership that is valid still."""
+        kept = {peer for peer in self._peers if peer in connected and self.is_admitted(peer)}
+        if len(kept) < len(self._peers):
+            for peer in sorted(self._peers.keys() - kept):
+                self.forget(peer)
 
     @contextmanager
     def joining(self, peer: PeerId) -> Iterator[None]:

@@ -401,11 +401,10 @@ class Membership:
         strangers_since: dict[Connection, float] = {}
         while True:
             await trio.sleep(SWEEP_INTERVAL_S)
-            for peer in self._members.known():
-                is_connected = self._host.connection_to(peer) is not None
-                if not is_connected or not self._members.is_admitted(peer):
-                    self._members.forget(peer)
-            strangers = [item for item in self._host.connections if not self.is_member(item.peer)]
+            connections = self._host.connections
+            self._members.retain({item.peer for item in connections})
+            confirmed = self._members.connection
+            strangers = [item for item in connections if confirmed(item.peer) is None]
             now = trio.current_time()
             strangers_since = {item: strangers_since.get(item, now) for item in strangers}
             for connection, since in strangers_since.items():
