@@ -150,7 +150,7 @@ class Node:
         self._stopping = trio.Event()
         self._replies: set[Generation] = set()
         self._idle = trio.Event()
-        self._members_changed = trio.Event()
+        self._members_changed = trio.lowlevel.ParkingLot()
 
     @classmethod
     @asynccontextmanager
@@ -394,11 +394,10 @@ class Node:
 
     async def wait_members_changed(self) -> None:
         """Wait until a member connects or says something new."""
-        await self._members_changed.wait()
+        await self._members_changed.park()
 
     def _tell_members_changed(self, _: object) -> None:
-        self._members_changed.set()
-        self._members_changed = trio.Event()
+        self._members_changed.unpark_all()
 
     # Models ----------------------------------------------------------------------
 

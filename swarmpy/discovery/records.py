@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator
 from swarmpy.config import RECORDS_MAX
 from swarmpy.identity import PeerId
 from swarmpy.proto.announce import Announcement, SignedAnnouncement
-from swarmpy.proto.membership import NetworkId
+from swarmpy.proto.membership import NETWORKS_MAX, NetworkId
 from swarmpy.proto.revocation import SignedRevocation
 from swarmpy.proto.summary import Entry, Summary, first_bytes, record_key
 from swarmpy.proto.swim import SignedStatement
@@ -78,20 +78,27 @@ class RecordTable:
 
         A full table takes no new members: strangers to it cannot push out those that are there.
         """
-        stored = self._records.get(record.key)
-        if stored is not None and record.version <= stored.version:
+        key, version, network_id = record.key, record.version, record.network_id
+        kind = type(record)
+        stored = self._records.get(key)
+        if stored is not None and version <= stored.version:
             return False
-        if not isinstance(stored, type(record)) and not self._has_room(record):
+        if (stored is None or type(stored) is not kind) and not self._has_room(record):
             return False
         if stored is not None:
             self._drop(stored)
-        self._records[record.key] = record
-        self._announcement_count += isinstance(record, SignedAnnouncement)
-        self._counts[record.network_id, type(record)] += 1
-        if not isinstance(record, SignedStatement):
-            self.summary(record.network_id).add(record.key, record.version)
-        buckets = self._buckets.setdefault(record.network_id, {})
-        buckets.setdefault(record.key[0], {})[record.key] = record.version
+        self._records[key] = record
+        self._announcement_count += kind is SignedAnnouncement
+        self._counts[network_id, kind] += 1
+        if kind is not SignedStatement:
+            self.summary(network_id).add(key, version)
+        buckets = self._buckets.get(network_id)
+        if buckets is None:
+            buckets = self._buckets[network_id] = {}
+        bucket = buckets.get(key[0])
+        if bucket is None:
+            bucket = buckets[key[0]] = {}
+        bucket[key] = version
         if record.expires_wall_s < self._next_sweep_wall_s:
             self._next_sweep_wall_s = record.expires_wall_s
         return True
@@ -174,9 +181,12 @@ class RecordTable:
         if record.peer == self._own:
             return True
         # Of every network that this node is in it has its own announcement here.
-        networks = {network_id for network_id, _ in self._counts} | {record.network_id}
         room = RECORDS_MAX if isinstance(record, SignedAnnouncement) else TOMBSTONES_MAX
-        return self._counts[record.network_id, type(record)] < room // len(networks)
+        count = self._counts[record.network_id, type(record)]
+        if count < room // NETWORKS_MAX:
+            return True
+        networks = {network_id for network_id, _ in self._counts} | {record.network_id}
+        return count < room // len(networks)
 
     def _drop(self, record: Record) -> None:
         self._announcement_count -= isinstance(record, SignedAnnouncement)

@@ -163,16 +163,16 @@ class Spreading:
             del self._missing[key]
         is_lazy = False
         for link in self.links.values():
-            if not link.shares(network_id, now_s):
-                continue
             if link.peer == source:
                 link.heard(key)
             elif link.is_eager:
-                link.push(key, is_urgent=is_urgent)
+                if link.shares(network_id, now_s):
+                    link.push(key, is_urgent=is_urgent)
             elif to_all:
-                link.answer(key)
-            else:
-                is_lazy = True
+                if link.shares(network_id, now_s):
+                    link.answer(key)
+            elif not is_lazy:
+                is_lazy = link.shares(network_id, now_s)
         if not is_lazy:
             return
         if is_urgent:

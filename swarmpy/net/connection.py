@@ -28,7 +28,7 @@ from swarmpy.net.pace import Pace
 from swarmpy.net.secured import JOINED_BYTES_MAX, RECEIVE_BYTES, Scratch, Secured
 from swarmpy.net.starting import Starts
 from swarmpy.net.stream import NativeStream
-from swarmpy.proto.noise import LENGTH_BYTES, PLAINTEXT_BYTES_MAX, TAG_BYTES
+from swarmpy.proto.noise import LENGTH_BYTES, PLAINTEXT_BYTES_BULK, TAG_BYTES
 from swarmpy.proto.yamux import (
     HEADER_BYTES,
     DataReceived,
@@ -54,6 +54,9 @@ UNREAD_BYTES_MAX = config.INBOUND_STREAMS_MAX * config.STREAM_WINDOW_BYTES
 
 HANDLER_GRACE_S = 5.0
 """Handlers may tidy up this long after their connection is gone; then they are cancelled."""
+
+_RTTS_KEPT = 8
+"""Round trips of which the shortest counts for the windows: of the last forty seconds."""
 
 _RTT_GAIN = 0.125
 """Weight of a new round trip in the smoothed one (as in RFC 6298)."""
@@ -81,6 +84,7 @@ class NativeConnection(Connection):
         self.local_address: Address = byte_stream.local_address
         self.remote_address: Address = byte_stream.remote_address
         self.rtt_s = None
+        self._rtts_s: deque[float] = deque(maxlen=_RTTS_KEPT)
         self.channel_binding = secured.channel_binding
         self.is_initiator = is_initiator
         self.on_closed: Callable[[NativeConnection], None] = _ignore
@@ -186,7 +190,10 @@ class NativeConnection(Connection):
         if self.pace.is_near(rtt_s):
             self._byte_stream.limit_unsent(self.pace.unsent_bytes)
         before_s = rtt_s if self.rtt_s is None else self.rtt_s
-        self.rtt_s = self._yamux.rtt_s = before_s + _RTT_GAIN * (rtt_s - before_s)
+        self.rtt_s = before_s + _RTT_GAIN * (rtt_s - before_s)
+        # What windows are for is the path itself, without what stood in the way of a ping.
+        self._rtts_s.append(rtt_s)
+        self._yamux.rtt_s = min(self._rtts_s)
 
     async def run(self, serve: ServeStream) -> None:
         """Move bytes until the connection ends; `serve` is run for each inbound stream.
@@ -259,18 +266,18 @@ class NativeConnection(Connection):
             head = b"".join((self._outbox, head))
             self._outbox.clear()
         # What is left over from whole Noise frames goes with the header.
-        rest = total % PLAINTEXT_BYTES_MAX
-        if rest > JOINED_BYTES_MAX or len(head) + rest > PLAINTEXT_BYTES_MAX:
+        rest = total % PLAINTEXT_BYTES_BULK
+        if rest > JOINED_BYTES_MAX or len(head) + rest > PLAINTEXT_BYTES_BULK:
             rest = 0
         joined, size = self._scratch.joined, len(head)
         joined[:size] = head
         joined[size : size + rest] = data[:rest]
         frames = [joined[: size + rest]]
-        for start in range(rest, total, PLAINTEXT_BYTES_MAX):
+        for start in range(rest, total, PLAINTEXT_BYTES_BULK):
             if len(frames) > BATCH_FRAMES:
                 self._seal_and_send(*frames)
                 frames.clear()
-            frames.append(data[start : start + PLAINTEXT_BYTES_MAX])
+            frames.append(data[start : start + PLAINTEXT_BYTES_BULK])
         self._seal_and_send(*frames)
 
     def close_write(self, stream_id: int) -> None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from swarmpy.identity import PeerId
 from swarmpy.net.pace import TURN_BYTES_MAX
 from swarmpy.proto.noise import (
-    FRAME_BYTES_MAX,
     LENGTH_BYTES,
-    PLAINTEXT_BYTES_MAX,
+    PLAINTEXT_BYTES_BULK,
     TAG_BYTES,
     Opener,
     Sealer,
@@ -17,9 +16,11 @@ from swarmpy.proto.noise import (
 from swarmpy.proto.receive_budget import ReceiveBudget
 from swarmpy.proto.yamux import HEADER_BYTES
 
-RECEIVE_BYTES = 4 * (LENGTH_BYTES + FRAME_BYTES_MAX)
-"""Asked of the kernel at a time, with what is held of a frame; larger reads measured no faster. In
-bulk, whole frames end where this does, and none is held."""
+_TURN_FRAMES = 1 + TURN_BYTES_MAX // PLAINTEXT_BYTES_BULK
+
+RECEIVE_BYTES = HEADER_BYTES + TURN_BYTES_MAX + _TURN_FRAMES * (LENGTH_BYTES + TAG_BYTES)
+"""Asked of the kernel at a time, with what is held of a frame: a sender's longest turn. In bulk,
+whole frames end where this does, and none is held."""
 
 JOINED_BYTES_MAX = 32 * 1024
 """Up to here header and data share one Noise frame; a larger payload is encrypted where it lies."""
@@ -34,10 +35,8 @@ class Scratch:
 
     def __init__(self, budget: ReceiveBudget | None = None) -> None:
         self.budget = ReceiveBudget() if budget is None else budget
-        overhead = LENGTH_BYTES + TAG_BYTES
         self.received = memoryview(bytearray(RECEIVE_BYTES))
-        frames = 2 + -(-TURN_BYTES_MAX // PLAINTEXT_BYTES_MAX)
-        sealed_bytes = 2 * JOINED_BYTES_MAX + TURN_BYTES_MAX + frames * (HEADER_BYTES + overhead)
+        sealed_bytes = 2 * JOINED_BYTES_MAX + RECEIVE_BYTES + _TURN_FRAMES * HEADER_BYTES
         self.joined = memoryview(bytearray(2 * JOINED_BYTES_MAX + HEADER_BYTES))
         self.sealed = memoryview(bytearray(sealed_bytes))
 

@@ -33,6 +33,10 @@ FRAME_BYTES_MAX = 65535
 
 PLAINTEXT_BYTES_MAX = FRAME_BYTES_MAX - TAG_BYTES
 
+PLAINTEXT_BYTES_BULK = PLAINTEXT_BYTES_MAX // 256 * 256
+"""What large data is cut into. OpenSSL's ChaCha20-Poly1305 takes 256 bytes at a time: a full frame,
+which ends in the midst of that, costs it 30 % more (AVX-512; `benchmarks/README.md`)."""
+
 HANDSHAKE_BYTES_MAX = 3072
 """Largest handshake message taken: ours have 200 bytes, one with an RSA key of 8,192 bits 2,400;
 more would be memory for a stranger."""

@@ -27,6 +27,12 @@ one header for four Noise frames is less work than one for each."""
 WINDOW_BYTES_MAX = 4 * 1024 * 1024
 """Largest receive window: 1 Gbit/s over a round trip of 30 ms."""
 
+WINDOW_BYTES_NEAR_MAX = 1024 * 1024
+NEAR_RTT_S = 0.002
+"""The same where round trips are shorter than this: it is 4 Gbit/s there, and a sender that is
+faster than its reader keeps the whole window on its way. More of that than the processors' caches
+hold costs both ends a third of their speed (`benchmarks/README.md`)."""
+
 GROWTH_RTTS_MAX = 2.0
 """A window grows if half of it was read within this many round trips: then the sender waited for
 it, or soon would. It stops at four times what the path holds."""
@@ -510,10 +516,12 @@ class Yamux:
 
     def _grow(self, stream: _Stream) -> None:
         """Double a stream's window if it holds the sender back, and the reader does not."""
-        growth = stream.receive_window
-        if self.rtt_s is None or growth >= WINDOW_BYTES_MAX or stream.unread > growth // 4:
+        growth, rtt_s = stream.receive_window, self.rtt_s
+        if rtt_s is None or stream.unread > growth // 4:
             return
-        time_s = GROWTH_RTTS_MAX * max(self.rtt_s, GROWTH_RTT_S_MIN)
+        if growth >= (WINDOW_BYTES_NEAR_MAX if rtt_s < NEAR_RTT_S else WINDOW_BYTES_MAX):
+            return
+        time_s = GROWTH_RTTS_MAX * max(rtt_s, GROWTH_RTT_S_MIN)
         is_small = self.now_s - stream.granted_s <= time_s
         may_grow = self._grown + growth <= GROWTH_BYTES_MAX
         if is_small and may_grow and self._budget.take_growth(growth):

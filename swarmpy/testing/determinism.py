@@ -22,7 +22,7 @@ from swarmpy.public_keys import PublicKey
 
 T = TypeVar("T")
 
-GC_THRESHOLDS = (50_000, 50, 50)
+GC_THRESHOLDS = (200_000, 50, 50)
 """A swarm is a heap of a million objects and few cycles: looking for them took 15 % of a run."""
 
 FILES_WANTED = 16_384
