@@ -245,6 +245,15 @@ class NativeConnection(Connection):
         """Whether who wants to send must wait: for refused bytes, or for another's turn."""
         return bool(self._backlog) or self._is_turn_given
 
+    def may_send(self, stream_id: int, size: int) -> bool:
+        """Whether a stream may send so much at once, now."""
+        return (
+            self._error is None
+            and not (self._backlog or self._is_turn_given)
+            and size <= self.pace.turn_bytes
+            and size <= self._yamux.window(stream_id)
+        )
+
     def window(self, stream_id: int) -> int:
         """Return how many bytes a stream may send now."""
         return self._yamux.window(stream_id)

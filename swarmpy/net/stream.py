@@ -78,16 +78,15 @@ class NativeStream(Stream):
         if self._is_sending:
             raise LocalProtocolError("two tasks send on one stream")
         connection = self.connection
+        size = len(data)
         self._is_sending = True
         try:
-            proposal, self._proposal = self._proposal, b""
-            if proposal and len(data) < PIECE_BYTES_MIN:
-                data = proposal + bytes(data)
-            elif proposal:
-                await self._send(memoryview(proposal))
-            if len(data):
-                await self._send(memoryview(data).cast("B"))
-            connection.unyielded += len(data) + _MESSAGE_COST_BYTES
+            # What most messages meet comes first: nothing is in their way.
+            if type(data) is bytes and self._may_send(size):
+                connection.send_data(self.stream_id, memoryview(data))
+            else:
+                size = await self._propose_and_send(memoryview(data).cast("B"))
+            connection.unyielded += size + _MESSAGE_COST_BYTES
             if connection.unyielded > YIELD_BYTES:
                 connection.unyielded = 0
                 await trio.lowlevel.checkpoint()
@@ -100,14 +99,16 @@ class NativeStream(Stream):
             self._is_sending = False
 
     async def receive_some(self, bytes_max: int | None = None) -> bytes:
-        self._propose_now()
+        if self._proposal:
+            self._propose_now()
         if self._pieces:
             await trio.lowlevel.checkpoint_if_cancelled()
         while self._dialer is not None or not self._pieces:
             if self._pieces:
                 self._check_answer()
                 continue
-            self._raise_if_reset()
+            if self._error is not None or self._refusal is not None:
+                self._raise_if_reset()
             if self._is_remote_ended:
                 if self._dialer is not None:
                     raise self._refused("the peer ended the stream before it agreed")
@@ -156,7 +157,9 @@ class NativeStream(Stream):
             self.connection.consumed(self.stream_id, len(data))
             return
         pieces = self._pieces
-        if pieces and len(data) < PIECE_BYTES_MIN:
+        if not pieces:
+            pieces.append(data)
+        elif len(data) < PIECE_BYTES_MIN:
             last = pieces[-1]
             if isinstance(last, bytearray) and len(last) < PIECE_BYTES_JOINED_MAX:
                 last += data
@@ -166,7 +169,8 @@ class NativeStream(Stream):
             pieces.append(data)
         if self._is_write_closed and self._dialer is not None:
             self._agree()
-        self._wake_reader()
+        if self._reader is not None:
+            self._wake_reader()
 
     def end(self) -> None:
         """The peer will send no more."""
@@ -212,6 +216,27 @@ class NativeStream(Stream):
         proposal, self._proposal = self._proposal, b""
         if proposal and self._error is None and self.connection.is_alive:
             self.connection.send_data(self.stream_id, memoryview(proposal))
+
+    def _may_send(self, size: int) -> bool:
+        """Whether `size` bytes can go out in one turn, now; why they cannot is for `_send` to say."""
+        return (
+            0 < size
+            and self._error is None
+            and not (self._proposal or self._is_write_closed)
+            and self.connection.may_send(self.stream_id, size)
+        )
+
+    async def _propose_and_send(self, data: memoryview) -> int:
+        """Send what may have to wait; return its size."""
+        size = len(data)
+        proposal, self._proposal = self._proposal, b""
+        if proposal and size < PIECE_BYTES_MIN:
+            data = memoryview(proposal + bytes(data))
+        elif proposal:
+            await self._send(memoryview(proposal))
+        if len(data):
+            await self._send(data)
+        return size
 
     async def _send(self, data: memoryview) -> None:
         connection = self.connection

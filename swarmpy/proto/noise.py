@@ -99,11 +99,14 @@ class Opener:
         Raises:
             RemoteProtocolError: Forged, repeated, reordered or torn; or the nonces are used up.
         """
+        nonce = self.nonce
+        if nonce >= NONCE_MAX:
+            raise _nonces_used_up()
         try:
-            plaintext = self._decrypt(self._next_nonce(), ciphertext, None)
+            plaintext = self._decrypt(_pack_nonce(nonce), ciphertext, None)
         except InvalidTag as error:
             raise RemoteProtocolError("a Noise frame does not verify", penalty=10) from error
-        self.nonce += 1
+        self.nonce = nonce + 1
         return plaintext
 
     def open_into(self, ciphertext: memoryview, out: memoryview) -> None:
@@ -111,18 +114,20 @@ class Opener:
 
         What is written where it raises is not to be read.
         """
+        nonce = self.nonce
         if len(ciphertext) < TAG_BYTES:
             raise RemoteProtocolError("a Noise frame does not verify", penalty=10)
+        if nonce >= NONCE_MAX:
+            raise _nonces_used_up()
         try:
-            self._decrypt_into(self._next_nonce(), ciphertext, None, out)
+            self._decrypt_into(_pack_nonce(nonce), ciphertext, None, out)
         except InvalidTag as error:
             raise RemoteProtocolError("a Noise frame does not verify", penalty=10) from error
-        self.nonce += 1
+        self.nonce = nonce + 1
 
-    def _next_nonce(self) -> bytes:
-        if self.nonce >= NONCE_MAX:
-            raise RemoteProtocolError("the peer used up the Noise nonces", penalty=10)
-        return _pack_nonce(self.nonce)
+
+def _nonces_used_up() -> RemoteProtocolError:
+    return RemoteProtocolError("the peer used up the Noise nonces", penalty=10)
 
 
 class XX:

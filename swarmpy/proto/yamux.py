@@ -266,10 +266,16 @@ class Yamux:
         stream = self._streams.get(stream_id)
         if stream is None or not stream.is_remote_open or size > stream.granted:
             return 0
-        if not self._has_room(size):
+        budget = self._budget
+        unread, all_unread = self._unread + size, budget.unread_bytes + size
+        if unread > self._unread_bytes_max or all_unread > budget.bytes_max:
             return 0
+        if not stream.unread:
+            budget.serial += 1
+            stream.unread_since = budget.serial
         stream.granted -= size
-        self._count_unread(stream, size)
+        stream.unread += size
+        self._unread, budget.unread_bytes = unread, all_unread
         return stream_id
 
     def receive_more(self, size: int) -> int:

@@ -44,6 +44,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
 MORE: Mapping[str, tuple[str, ...]] = {
     "announce": (
         "config",
+        "discovery.catchup",
         "discovery.gossip",
         "discovery.link",
         "discovery.neighbourhood",
