@@ -33,6 +33,9 @@ class Environment:
     wall_time: Callable[[], WallSeconds] = lambda: WallSeconds(time.time())
     mdns: bool = True
     """Whether the network has a real link on which multicast DNS makes sense."""
+    call_at: Callable[[float, Callable[[], None]], None] | None = None
+    """Calls back at a time of trio's clock without a task, as a simulation can; None: nobody does,
+    and who wants to be called sleeps in a task."""
 
 
 def system_random() -> random.Random:

@@ -83,6 +83,16 @@ class Stream(ABC):
             ConnectionLost: The connection broke.
         """
 
+    def send_nowait(self, data: bytes) -> bool:
+        """Send a message if nothing stands in its way: a window, another sender, a full line.
+
+        Returns:
+            Whether it was taken, all of it. If not, nothing was, and `send_all` will wait, or tell
+            what is wrong. A stream that cannot do this never takes anything; this one does not.
+        """
+        del data
+        return False
+
     @abstractmethod
     async def receive_some(self, bytes_max: int | None = None) -> bytes:
         """Return the next bytes, b"" once the peer has closed its side cleanly.

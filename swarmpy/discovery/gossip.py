@@ -18,7 +18,7 @@ from typing import TypedDict, Unpack, cast
 import trio
 
 from swarmpy.abc import Host, Stream
-from swarmpy.discovery.agenda import Agenda
+from swarmpy.agenda import Agenda
 from swarmpy.discovery.catchup import CatchUp
 from swarmpy.discovery.limits import Budgets
 from swarmpy.discovery.link import PROTOCOL, Link
@@ -162,7 +162,7 @@ class Gossip:
         self._alone_since_s = math.inf
         self._warned_s = -math.inf
         self._has_left = False
-        self._agenda = Agenda()
+        self._agenda = Agenda(environment.call_at)
         self._table = RecordTable(identity.peer_id)
         self.links: dict[PeerId, Link] = {}
         self.spreading = Spreading(self._table, self.links, self._agenda, environment)
@@ -538,7 +538,8 @@ class Gossip:
         self._on_gone(revocation)
         is_own = revocation.network_id in self._trust.own_memberships()
         if is_own and self._table.add(revocation):
-            self.spreading.spread(revocation, source=source)
+            # Not one may be missed, and they are rare: nobody is told and waited for.
+            self.spreading.spread(revocation, source=source, to_all=True)
 
 
 def _work_of(message: Message) -> float:

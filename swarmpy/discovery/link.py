@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 import trio
 
 from swarmpy.abc import Connection, Host, ProtocolId
-from swarmpy.discovery.agenda import Agenda
+from swarmpy.agenda import Agenda
 from swarmpy.discovery.records import Record
 from swarmpy.discovery.trust import Trust
 from swarmpy.errors import NetworkError, RemoteProtocolError
@@ -109,6 +109,11 @@ class Link:
         self._shared: frozenset[NetworkId] = frozenset()
         self._shared_until_s = -math.inf
         self._connection: Connection | None = None
+        self._open: MessageStream | None = None
+        """The stream, while the task has nothing to do."""
+        self._refused: Message | None = None
+        """What would have had to wait."""
+        self._is_poked = False
         self._is_sending = False
         self._is_superseded = False
         self._is_push_due = False
@@ -125,7 +130,8 @@ class Link:
     @property
     def is_drained(self) -> bool:
         """Whether nothing waits to be sent."""
-        return not (self._controls or self._answers or self._pushes or self._haves)
+        waiting = self._controls or self._answers or self._pushes or self._haves
+        return not waiting and self._refused is None
 
     @property
     def is_idle(self) -> bool:
@@ -152,14 +158,14 @@ class Link:
             wait_s = self._pushed_s + self._push_spacing_s - trio.current_time()
             self._is_push_due = wait_s <= 0
             if self._is_push_due:
-                self._wake.set()
+                self._poke()
             else:
                 self._agenda.after(wait_s, self._push_waiting)
         self._pushes[key] = None
 
     def _push_waiting(self) -> None:
         self._is_push_due = True
-        self._wake.set()
+        self._poke()
 
     def _space_pushes(self) -> None:
         now_s = trio.current_time()
@@ -171,12 +177,12 @@ class Link:
     def answer(self, key: bytes) -> None:
         """Send a record that was asked for."""
         self._answers[key] = None
-        self._wake.set()
+        self._poke()
 
     def tell(self, key: bytes, version: int) -> None:
         """Say that this node has a record."""
         self._haves[key] = version
-        self._wake.set()
+        self._poke()
 
     def heard(self, key: bytes) -> None:
         """The neighbour has a record: it need not be sent or told of."""
@@ -186,7 +192,7 @@ class Link:
     def say(self, message: Message) -> None:
         """Send any other message."""
         self._controls.append(message)
-        self._wake.set()
+        self._poke()
 
     def want(self, keys: list[bytes], *, is_graft: bool = False) -> None:
         """Ask for records, and maybe to be pushed what comes from now on."""
@@ -206,7 +212,7 @@ class Link:
         """Move to another stream where another connection is the better one now."""
         if self._connection is not None and self._connection is not best:
             self._is_superseded = True
-            self._wake.set()
+            self._poke()
 
     # Sending --------------------------------------------------------------------------
 
@@ -232,7 +238,7 @@ class Link:
         self._is_superseded = False
         messages = MessageStream(stream)
         try:
-            while self._trust.is_member(self.peer) and self.connection is stream.connection:
+            while self._is_wanted(stream.connection):
                 while (message := self._next()) is not None:
                     self._is_sending = True
                     await messages.send(message)
@@ -241,14 +247,42 @@ class Link:
                         await trio.sleep(LEAVE_GRACE_S)
                         stream.connection.close()
                         return
+                self._open = messages
                 await self._wait_work()
+                self._open = None
             await messages.close_write()
         except BaseException:
             stream.reset()
             raise
         finally:
-            self._connection = None
+            self._connection = self._open = None
             self._is_sending = False
+
+    def _is_wanted(self, connection: Connection) -> bool:
+        return self._trust.is_member(self.peer) and self.connection is connection
+
+    def _poke(self) -> None:
+        """There is something to send: do so once whoever put it down has let go."""
+        if not self._is_poked:
+            self._is_poked = True
+            self._agenda.soon(self._send_now)
+
+    def _send_now(self) -> None:
+        """Send what needs no waiting; the rest, and whatever is not ordinary, is the task's."""
+        self._is_poked = False
+        messages = self._open
+        is_usual = messages is not None and not self._is_superseded
+        if messages is None or not is_usual or not self._is_wanted(messages.stream.connection):
+            self._wake.set()
+            return
+        while self._has_work():
+            message = self._next()
+            if message is None:
+                return
+            if isinstance(message, Leave) or not messages.send_nowait(message):
+                self._refused = message
+                self._wake.set()
+                return
 
     async def _wait_work(self) -> None:
         while not self._has_work():
@@ -257,9 +291,13 @@ class Link:
 
     def _has_work(self) -> bool:
         is_urgent = bool(self._controls or self._answers or self._haves or self._is_superseded)
-        return is_urgent or (self._is_push_due and bool(self._pushes))
+        is_due = self._is_push_due and bool(self._pushes)
+        return is_urgent or is_due or self._refused is not None
 
     def _next(self) -> Message | None:
+        if self._refused is not None:
+            refused, self._refused = self._refused, None
+            return refused
         if self._controls:
             return self._controls.popleft()
         if self._answers and (records := self._take_records(self._answers, is_answer=True)):

@@ -15,8 +15,8 @@ from functools import partial
 
 import trio
 
+from swarmpy.agenda import Agenda
 from swarmpy.config import RECORDS_MAX
-from swarmpy.discovery.agenda import Agenda
 from swarmpy.discovery.limits import Budgets
 from swarmpy.discovery.link import Link
 from swarmpy.discovery.records import Record, RecordTable
@@ -155,7 +155,7 @@ class Spreading:
             source: Who brought it; None for this node's own.
             is_refresh: It says nothing new.
             is_urgent: It is a suspicion or refutes one.
-            to_all: Push it to every neighbour: whoever leaves has no time for the lazy way.
+            to_all: Send it to every neighbour, without the lazy way.
         """
         key, network_id, now_s = record.key, record.network_id, trio.current_time()
         self._news_s.append(now_s)

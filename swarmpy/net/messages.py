@@ -57,6 +57,10 @@ class MessageStream:
         """
         await self.stream.send_all(wire.frame(wire.encode(message)))
 
+    def send_nowait(self, message: msgspec.Struct) -> bool:
+        """Send one message if nothing stands in its way; see `Stream.send_nowait`."""
+        return self.stream.send_nowait(wire.frame(wire.encode(message)))
+
     async def receive(self, kind: type[T], *, bytes_max: int = wire.MESSAGE_BYTES_MAX) -> T:
         """Wait for one message of `kind` (a Struct type or a tagged union).
 

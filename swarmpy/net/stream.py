@@ -98,6 +98,12 @@ class NativeStream(Stream):
         finally:
             self._is_sending = False
 
+    def send_nowait(self, data: bytes) -> bool:
+        if self._is_sending or not self._may_send(len(data)):
+            return False
+        self.connection.send_data(self.stream_id, memoryview(data))
+        return True
+
     async def receive_some(self, bytes_max: int | None = None) -> bytes:
         if self._proposal:
             self._propose_now()
@@ -218,9 +224,9 @@ class NativeStream(Stream):
             self.connection.send_data(self.stream_id, memoryview(proposal))
 
     def _may_send(self, size: int) -> bool:
-        """Whether `size` bytes can go out in one turn, now; why they cannot is for `_send` to say."""
+        """Whether `size` bytes can go out in one turn, now; `_send` says why they cannot."""
         return (
-            0 < size
+            size > 0
             and self._error is None
             and not (self._proposal or self._is_write_closed)
             and self.connection.may_send(self.stream_id, size)

@@ -128,6 +128,7 @@ class StageService:
             on_change=on_change,
         )
         self._stages: dict[bytes, Stage] = {}
+        self._has_stage = trio.Event()
         self._coordinated: dict[bytes, tuple[PeerId, TokenSink]] = {}
         self._inbound: dict[bytes, dict[trio.CancelScope, None]] = {}
         self._inspections: dict[str, Inspection] = {}
@@ -408,6 +409,7 @@ class StageService:
         if offer.pipeline in self._stages:
             await self._holdings.release(holding, offer.pipeline)
             raise OfferRejected("a pipeline of this id exists already")
+        self._has_stage.set()
         stage = self._stages[offer.pipeline] = Stage(
             offer,
             coordinator=control.peer,
@@ -486,6 +488,9 @@ class StageService:
 
     async def _expire_sessions(self) -> None:
         while True:
+            if not self._stages:
+                self._has_stage = trio.Event()
+                await self._has_stage.wait()
             await trio.sleep(LEASE_CHECK_S)
             for stage in list(self._stages.values()):
                 stage.expire(trio.current_time())

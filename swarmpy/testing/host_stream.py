@@ -107,6 +107,13 @@ class HostStream(Stream):
         finally:
             self._is_sending = False
 
+    def send_nowait(self, data: bytes) -> bool:
+        is_free = self._is_announced and not self._is_sending and self.connection.error is None
+        if not is_free or not 0 < len(data) <= FRAME_BYTES_MAX or not self._may_send(len(data)):
+            return False
+        self._put(data)
+        return True
+
     async def receive_some(self, bytes_max: int | None = None) -> bytes:
         if not self._is_announced:
             self._announce()

@@ -21,7 +21,7 @@ import trio
 from swarmpy.abc import Host, ProtocolId, WallSeconds
 from swarmpy.environment import Environment
 from swarmpy.identity import PeerId
-from swarmpy.testing.calendar import WALL_START_S, SimClock
+from swarmpy.testing.calendar import WALL_START_S, Calendar, SimClock
 from swarmpy.testing.determinism import deterministic
 from swarmpy.testing.network import SimNetwork
 from swarmpy.testing.paths import Link
@@ -109,6 +109,9 @@ class Simulation:
             chance=self.random_for("the network"),
             tick_s=tick_s,
         )
+        # Apart from the network's: who writes to a simulated socket makes due deliveries first, and
+        # must not be called back by a node in the midst of that.
+        self._timers = Calendar(tick_s=tick_s)
         self.nodes: list[SimNode] = []
         """The machines of the swarm, by index."""
         self.checkers: list[Checker] = []
@@ -138,6 +141,7 @@ class Simulation:
             random=self.random_for(host),
             wall_time=self.wall_time,
             mdns=False,
+            call_at=self._timers.post,
         )
 
     def random_for(self, name: str) -> random.Random:

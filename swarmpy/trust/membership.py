@@ -16,6 +16,7 @@ from typing import TypeVar, cast
 import trio
 
 from swarmpy.abc import Connection, Host, NowSeconds, ProtocolId, Stream
+from swarmpy.agenda import Agenda
 from swarmpy.config import INVITE_TTL_S
 from swarmpy.environment import Environment
 from swarmpy.errors import (
@@ -85,6 +86,8 @@ class Membership:
         self._name = name
         self._environment = environment
         self._host = host
+        self._agenda = Agenda(environment.call_at)
+        self._strangers_since: dict[Connection, float] = {}
         self._database = open_database(
             folder / "membership.db", networks.SCHEMA + invites.SCHEMA + revocations.SCHEMA
         )
@@ -364,7 +367,8 @@ class Membership:
         """Show memberships on new connections, renew, and send strangers away, until cancelled."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_connections, nursery)
-            nursery.start_soon(self._sweep_forever)
+            self._agenda.after(SWEEP_INTERVAL_S, self._sweep)
+            nursery.start_soon(self._agenda.run)
             nursery.start_soon(self._renew_forever)
             task_status.started()
 
@@ -397,19 +401,19 @@ class Membership:
             # The other end may have restarted on the connection that is left: show it again.
             nursery.start_soon(self._conversations.attempt, peer)
 
-    async def _sweep_forever(self) -> None:
-        strangers_since: dict[Connection, float] = {}
-        while True:
-            await trio.sleep(SWEEP_INTERVAL_S)
-            connections = self._host.connections
-            self._members.retain({item.peer for item in connections})
-            confirmed = self._members.connection
-            strangers = [item for item in connections if confirmed(item.peer) is None]
-            now = trio.current_time()
-            strangers_since = {item: strangers_since.get(item, now) for item in strangers}
-            for connection, since in strangers_since.items():
-                if now - since >= STRANGER_TIMEOUT_S:
-                    connection.close()
+    def _sweep(self) -> None:
+        """Forget who is gone, and send away who stayed a stranger; now and from then on."""
+        self._agenda.after(SWEEP_INTERVAL_S, self._sweep)
+        connections = self._host.connections
+        self._members.retain({item.peer for item in connections})
+        confirmed = self._members.connection
+        strangers = [item for item in connections if confirmed(item.peer) is None]
+        now = trio.current_time()
+        before = self._strangers_since
+        self._strangers_since = {item: before.get(item, now) for item in strangers}
+        for connection, since in self._strangers_since.items():
+            if now - since >= STRANGER_TIMEOUT_S:
+                connection.close()
 
     async def _renew_forever(self) -> None:
         while True:

@@ -34,6 +34,37 @@ class TestStreams:
         sent = random.Random(size).randbytes(size)
         assert await exchange(stream, sent) == sent
 
+    async def test_what_is_taken_without_waiting_arrives_whole_and_in_its_place(
+        self, world: HostWorld
+    ) -> None:
+        """Method: messages that may not wait, until one is not taken; each host may take none."""
+        alice, bob = await world.host("alice"), await world.host("bob")
+        received: list[bytes] = []
+        ended, go_on = trio.Event(), trio.Event()
+
+        async def sink(stream: Stream) -> None:
+            await go_on.wait()
+            received.append(await receive_all(stream))
+            ended.set()
+
+        bob.set_handler(ECHO, sink)
+        stream = await alice.open_stream(await world.connect(alice, bob), [ECHO])
+        sent = b"first"
+        await stream.send_all(sent)
+        for number in range(1000):
+            message = bytes([number % 251]) * 1000
+            if not stream.send_nowait(message):
+                break
+            sent += message
+        else:
+            raise AssertionError("a reader that does not read was sent a megabyte")
+        go_on.set()
+        await stream.send_all(b"last")
+        await stream.close_write()
+        await ended.wait()
+        assert received == [sent + b"last"]
+        assert not stream.send_nowait(b"after the end")
+
     async def test_nothing_sent_and_ended_comes_back_as_nothing(self, world: HostWorld) -> None:
         alice, bob = await world.host("alice"), await world.host("bob")
         bob.set_handler(ECHO, echo)

@@ -16,6 +16,7 @@ from small_nodes import wall_time
 
 from swarmpy.discovery.liveness import CHECK_INTERVAL_S
 from swarmpy.discovery.neighbourhood import NEIGHBOURS_MAX, NEIGHBOURS_MIN
+from swarmpy.identity import PeerId
 from swarmpy.proto.announce import ANNOUNCE_INTERVAL_S, ANNOUNCE_JITTER_S, Records
 from swarmpy.proto.membership import verify_membership
 from swarmpy.proto.swim import ACCUSATIONS_MAX, seal_statement
@@ -319,3 +320,40 @@ def test_a_revoked_member_and_whom_it_invited_are_out_everywhere(memory_folder: 
 
 def test_announcements_are_repeated_before_they_end() -> None:
     assert ANNOUNCE_INTERVAL_S + ANNOUNCE_JITTER_S < 3600 - 240
+
+
+def parts_of_the_tree(swarm: LargeSwarm) -> list[set[PeerId]]:
+    """Return the members by the parts that news gets round in without the lazy way."""
+    links = {member.peer: member.discovery._gossip.links for member in swarm.running}
+    left, parts = set(links), []
+    while left:
+        part, found = set[PeerId](), {min(left)}
+        while found:
+            peer = found.pop()
+            part.add(peer)
+            found |= {other for other, link in links[peer].items() if link.is_eager} - part
+        left -= part
+        parts.append(part)
+    return parts
+
+
+def test_who_starts_at_once_makes_one_tree_and_mends_it_where_members_die(
+    memory_folder: Path,
+) -> None:
+    """Goal: news goes round along the tree alone, which is not much more than a tree."""
+
+    async def scenario(swarm: LargeSwarm) -> tuple[list[int], list[int], float]:
+        begun = [len(part) for part in parts_of_the_tree(swarm)]
+        for number in range(10, 30, 4):
+            swarm.crash(swarm.members[number])
+        await trio.sleep(60)
+        left = [len(part) for part in parts_of_the_tree(swarm)]
+        for number in (5, 6, 7):
+            await change(swarm, number, share=1.0)
+        links = [link for item in swarm.running for link in item.discovery._gossip.links.values()]
+        return begun, left, sum(link.is_eager for link in links) / len(swarm.running)
+
+    begun, left, degree = run_swarm(memory_folder, scenario, count=MIDDLE, settle_s=30)
+    assert begun == [MIDDLE]
+    assert left == [MIDDLE - 5]
+    assert degree < 4  # 2 is a tree
