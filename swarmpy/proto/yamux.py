@@ -8,6 +8,7 @@ Spec: hashicorp yamux specification, libp2p specs, yamux; protocols/yamux.md.
 
 from __future__ import annotations
 
+import math
 import struct
 
 import msgspec
@@ -45,6 +46,10 @@ WINDOW_IDLE_S = 10.0
 
 GROWTH_BYTES_MAX = 32 * 1024 * 1024
 """Growth of one session's windows: no peer takes more than an eighth of the budget."""
+
+CONTROL_FRAMES_PER_SECOND_MAX = 20_000
+"""Frames without data that a peer may send: ten thousand streams a second need no more, and a peer
+that sends nothing else keeps a tenth of a core busy, not a whole one."""
 
 HEADER_BYTES = 12
 
@@ -179,6 +184,8 @@ class Yamux:
         """
         self.outbox = bytearray()
         self.rtt_s: float | None = None
+        self._control_since_s = -math.inf
+        self._control_count = 0
         self.now_s = 0.0
         self._budget = ReceiveBudget() if budget is None else budget
         self._streams: dict[int, _Stream] = {}
@@ -240,6 +247,8 @@ class Yamux:
             offset += HEADER_BYTES
             if version or flags & ~_FLAGS:
                 raise _broken(f"yamux version {version}, flags {flags:#x}")
+            if kind != _DATA or not value:
+                self._count_control()
             if kind == _DATA:
                 self._take_data_header(flags, stream_id, value, events)
             elif kind == _WINDOW:
@@ -247,6 +256,13 @@ class Yamux:
             else:
                 self._take_session_frame(kind, flags, stream_id, value, events)
         return events
+
+    def _count_control(self) -> None:
+        if self.now_s >= self._control_since_s + 1.0:
+            self._control_since_s, self._control_count = self.now_s, 0
+        self._control_count += 1
+        if self._control_count > CONTROL_FRAMES_PER_SECOND_MAX:
+            raise _broken(f"over {CONTROL_FRAMES_PER_SECOND_MAX} frames without data in a second")
 
     def receive_whole(self, data: memoryview) -> int:
         """Take decrypted bytes if they are what most are: one data frame of an open stream, whole.

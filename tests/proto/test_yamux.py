@@ -29,6 +29,7 @@ from yamux_frames import (
 from swarmpy.errors import LocalProtocolError, RemoteProtocolError, StreamReset
 from swarmpy.proto.receive_budget import ReceiveBudget
 from swarmpy.proto.yamux import (
+    CONTROL_FRAMES_PER_SECOND_MAX,
     HEADER_BYTES,
     INITIAL_WINDOW_BYTES,
     DataReceived,
@@ -485,3 +486,18 @@ def test_after_going_away_no_stream_is_opened_in_either_direction() -> None:
         far.open()
     receive(far, frame(WINDOW, SYN, 1, 0))
     assert take(far) == frame(WINDOW, RST, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [frame(DATA, 0, 1, 0), frame(WINDOW, 0, 1, 0), frame(PING, ACK, 0, 7)],
+    ids=["data", "window", "pong"],
+)
+def test_a_peer_that_sends_frames_without_data_all_the_time_is_cut(empty: bytes) -> None:
+    """So many a second as no honest peer needs; what it sent before that second does not count."""
+    yamux = opened()
+    for now_s in (1.0, 2.0):
+        receive(yamux, empty * CONTROL_FRAMES_PER_SECOND_MAX, now_s=now_s)
+    receive(yamux, data_frame(1, b"data"), now_s=2.9)
+    with pytest.raises(RemoteProtocolError, match="frames without data"):
+        receive(yamux, empty, now_s=2.9)
