@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import AsyncIterator
 
@@ -35,6 +36,7 @@ from swarmpy.errors import ConnectionLost, DialFailed, FrameTooLarge, HandshakeF
 from swarmpy.net.host import NativeHost
 from swarmpy.net.messages import MessageStream
 from swarmpy.net.peer_info import TIMEOUT_S
+from swarmpy.proto import yamux
 from swarmpy.proto.multistream import HEADER, LINE_BYTES_MAX, Dialer, encode_line
 from swarmpy.proto.noise import HANDSHAKE_BYTES_MAX
 from swarmpy.proto.yamux import INITIAL_WINDOW_BYTES
@@ -234,8 +236,11 @@ async def test_a_flood_of_streams_is_refused_and_then_cut(tcp: World) -> None:
     await still_serves(tcp, host)
 
 
-async def test_a_peer_that_asks_and_never_reads_is_cut(tcp: World) -> None:
-    """Every ping costs an answer; unread answers must not pile up."""
+async def test_a_peer_that_asks_and_never_reads_is_cut(
+    tcp: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every ping costs an answer; unread answers must not pile up, however slowly it asks."""
+    monkeypatch.setattr(yamux, "CONTROL_FRAMES_PER_SECOND_MAX", math.inf)
     host = await tcp.host("host")
     host.set_handler(ECHO, echo)
     peer = await tcp.raw_peer(host)
