@@ -118,6 +118,7 @@ DECODERS: dict[str, Decoder] = {
         covers=(envelope.open_envelope,),
     ),
     "gguf": Decoder(run=readers.read_gguf, refusals=(ModelRefused,), bytes_max=4096),
+    "gguf_cut": Decoder(run=readers.read_gguf_cut, refusals=(ModelRefused,), bytes_max=4096),
     "gguf_model": Decoder(run=readers.read_gguf_model, refusals=(), bytes_max=8192),
     "identify": Decoder(
         run=lambda data: identify.decode(data, peer=ANN.peer_id), covers=(identify.decode,)

@@ -50,6 +50,7 @@ from swarmpy.proto import (
 )
 from swarmpy.public_keys import check_multihash, decode_public_key, verify
 from swarmpy.shards import gguf, refusals, safetensors
+from swarmpy.shards.gguf_cut import cut_layers, layer_count
 from swarmpy.shards.llama import llama_config
 from swarmpy.shards.tokenizer_files import tokenizer_config, tokenizer_json
 
@@ -386,6 +387,15 @@ def read_safetensors(data: bytes) -> None:
 
 def read_gguf(data: bytes) -> None:
     gguf.parse_header(io.BytesIO(data), path=FILE, file_bytes=len(data))
+
+
+def read_gguf_cut(data: bytes) -> None:
+    """A header, and what of it a shard would be; its own header must be read again."""
+    header = gguf.parse_header(io.BytesIO(data), path=FILE, file_bytes=len(data))
+    for start, end in ((0, layer_count(header)), (0, 1), (1, 2)):
+        cut = cut_layers(header, start, end)
+        again = io.BytesIO(cut.header)
+        assert gguf.parse_header(again, path=FILE, file_bytes=cut.size_bytes).tensors
 
 
 def read_gguf_model(data: bytes) -> None:

@@ -198,6 +198,7 @@ def model_files() -> Iterator[tuple[str, bytes]]:
     yield "config", b'{"model_type":"llama","num_hidden_layers":2,"quantization":{"bits":[4,8]}}'
     yield "config", b'{"vocab_size":' + b"[" * 900 + b"]" * 900 + b"}"
     yield "gguf", gguf()
+    yield "gguf_cut", gguf_of_layers()
     yield "gguf_model", msgspec.msgpack.encode(metadata())
 
 
@@ -247,6 +248,26 @@ def gguf() -> bytes:
     tensor = text("output.weight") + struct.pack("<IQQIQ", 2, 4, 3, 0, 0)
     head = b"GGUF" + struct.pack("<IQQ", 3, 1, 4) + metadata + tensor
     return head + bytes(-len(head) % 32) + bytes(48)
+
+
+def gguf_of_layers() -> bytes:
+    """A GGUF of two layers with a tied embedding, dense layers first, and windows."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    numbers = {"block_count": 2, "leading_dense_block_count": 1, "nextn_predict_layers": 0}
+    metadata = text("general.architecture") + struct.pack("<I", 8) + text("gemma3")
+    for key, value in numbers.items():
+        metadata += text(f"gemma3.{key}") + struct.pack("<II", 4, value)
+    metadata += text("gemma3.feed_forward_length") + struct.pack("<IIQ2I", 9, 4, 2, 8, 8)
+    names = ("token_embd.weight", "blk.0.attn_norm.weight", "blk.1.attn_norm.weight")
+    tensors = b"".join(
+        text(name) + struct.pack("<IQQIQ", 2, 4, 2, 0, 32 * index)
+        for index, name in enumerate(names)
+    )
+    head = b"GGUF" + struct.pack("<IQQ", 3, 3, 5) + metadata + tensors
+    return head + bytes(-len(head) % 32) + bytes(96)
 
 
 def write(target: str, data: bytes) -> None:

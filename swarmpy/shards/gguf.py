@@ -12,7 +12,7 @@ import enum
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
@@ -158,6 +158,9 @@ class GgufHeader:
     alignment: int
     metadata: Mapping[str, MetadataValue]
     tensors: Mapping[str, GgufTensor]
+    encoded: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    """Each metadata value as the file has it, its type first: `metadata` does not tell uint32 from
+    int64, and has replaced what is no UTF-8."""
 
     @property
     def architecture(self) -> str:
@@ -243,7 +246,7 @@ def parse_header(file: BinaryIO, *, path: Path, file_bytes: int) -> GgufHeader:
     if version not in VERSIONS:
         raise ModelRefused(f"{path.name}: GGUF version {version}, expected 2 or 3 (little-endian)")
     tensor_count = cursor.count("tensors", TENSORS_MAX)
-    metadata = _read_metadata(cursor)
+    metadata, encoded = _read_metadata(cursor)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= ALIGNMENT_MAX or alignment % 8:
         raise ModelRefused(f"{path.name}: alignment {alignment!r:.40} is no multiple of 8")
@@ -265,7 +268,12 @@ def parse_header(file: BinaryIO, *, path: Path, file_bytes: int) -> GgufHeader:
         )
     _check_ranges(tensors, path.name, file_bytes)
     return GgufHeader(
-        path=path, version=version, alignment=alignment, metadata=metadata, tensors=tensors
+        path=path,
+        version=version,
+        alignment=alignment,
+        metadata=metadata,
+        tensors=tensors,
+        encoded=encoded,
     )
 
 
@@ -346,6 +354,7 @@ class _Cursor:
         self._file = file
         self._bytes_max = bytes_max
         self._items_left = ITEMS_MAX
+        self._recent = bytearray()
 
     def take(self, count: int) -> bytes:
         """Return the next `count` bytes."""
@@ -355,6 +364,13 @@ class _Cursor:
         if len(data) != count:
             raise ModelRefused(f"{self.name}: the file was cut while it was read")
         self.offset += count
+        self._recent += data
+        return data
+
+    def recent(self) -> bytes:
+        """Return the bytes taken since the last call."""
+        data = bytes(self._recent)
+        self._recent.clear()
         return data
 
     def number(self, size: int) -> int:
@@ -397,14 +413,18 @@ class _Cursor:
         return tuple(map(bool, values)) if kind == _BOOL else values
 
 
-def _read_metadata(cursor: _Cursor) -> dict[str, MetadataValue]:
+def _read_metadata(cursor: _Cursor) -> tuple[dict[str, MetadataValue], dict[str, bytes]]:
+    """Return the values by key, and the bytes of each value."""
     metadata: dict[str, MetadataValue] = {}
+    encoded: dict[str, bytes] = {}
     for _ in range(cursor.count("metadata keys", METADATA_MAX)):
         key = cursor.string(KEY_BYTES_MAX)
         if key in metadata:
             raise ModelRefused(f"{cursor.name}: metadata {key!r:.80} is there twice")
+        cursor.recent()
         metadata[key] = cursor.value(cursor.number(4))
-    return metadata
+        encoded[key] = cursor.recent()
+    return metadata, encoded
 
 
 def _read_tensor(cursor: _Cursor) -> tuple[str, GgmlType, tuple[int, ...], int]:

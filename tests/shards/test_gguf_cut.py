@@ -1,0 +1,595 @@
+"""Cuts of a GGUF: layers renumbered, every byte where it belongs, holes for what is not used."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shard_files import Value, gguf_bytes, gguf_header, gguf_tensor, llama_gguf
+
+from swarmpy.errors import ConfigError, ModelRefused
+from swarmpy.shards.gguf import GgmlType, GgufHeader, GgufTensor, parse_header, read_header
+from swarmpy.shards.gguf_cut import (
+    ALIGNMENT,
+    UNUSED_ROWS,
+    GgufCut,
+    Piece,
+    cut_layers,
+    layer_count,
+    write_cut,
+)
+from swarmpy.shards.safetensors import tensor_bytes
+
+VOCABULARY, WIDTH = 40, 64
+
+Tensors = dict[str, tuple[GgmlType, Sequence[int], bytes]]
+
+
+def tensors(layers: int, *, is_tied: bool = False, vocabulary: int = VOCABULARY) -> Tensors:
+    """Two tensors a layer and those of the whole model, no two of equal bytes."""
+    shapes: dict[str, Sequence[int]] = {"token_embd.weight": (vocabulary, WIDTH)}
+    for layer in range(layers):
+        shapes |= {f"blk.{layer}.attn_norm.weight": (WIDTH,), f"blk.{layer}.ffn_up.weight": (3,)}
+    shapes |= {"output_norm.weight": (WIDTH,), "rope_freqs.weight": (5,)}
+    shapes |= {"position_embd.weight": (16, WIDTH)}
+    if not is_tied:
+        shapes |= {"output.weight": (vocabulary, WIDTH), "output.bias": (vocabulary,)}
+    result = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        count = shape[0] * shape[-1] if len(shape) == 2 else shape[0]
+        result[name] = (GgmlType.F32, shape, struct.pack("<f", number + 1) * count)
+    return result
+
+
+def metadata(layers: int, architecture: str = "llama", **own: Value) -> dict[str, Value]:
+    keys = {key.replace("__", "."): value for key, value in own.items()}
+    return {
+        "general.architecture": architecture,
+        "general.name": "a",
+        f"{architecture}.block_count": layers,
+        **{f"{architecture}.{key}": value for key, value in keys.items()},
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": ["a", "b"],
+    }
+
+
+def model(
+    metadata: Mapping[str, Value], tensors: Tensors, path: Path = Path("x.gguf")
+) -> GgufHeader:
+    """The header of a model in memory, or in `path` where its folder is a real one."""
+    data = gguf_bytes(metadata, tensors)
+    if path.is_absolute():
+        path.write_bytes(data)
+    return parse_header(io.BytesIO(data), path=path, file_bytes=len(data))
+
+
+def header_of(cut: GgufCut) -> GgufHeader:
+    """A cut's header as our reader understands it."""
+    return parse_header(io.BytesIO(cut.header), path=Path("cut.gguf"), file_bytes=cut.size_bytes)
+
+
+def cut_metadata(
+    layers: int, start: int, end: int, architecture: str = "llama", **own: Value
+) -> GgufHeader:
+    whole = model(metadata(layers, architecture, **own), tensors(layers))
+    return header_of(cut_layers(whole, start, end))
+
+
+def written(header: GgufHeader, start: int, end: int, target: Path) -> GgufHeader:
+    write_cut(cut_layers(header, start, end), target)
+    return read_header(target)
+
+
+def raw(tensor: GgufTensor) -> bytes:
+    return bytes(tensor_bytes(tensor))
+
+
+# Tensors ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_cut_of_all_layers_has_every_tensor_unchanged(tmp_path: Path, is_tied: bool) -> None:
+    whole = model(metadata(3), tensors(3, is_tied=is_tied), tmp_path / "x.gguf")
+
+    copy = written(whole, 0, 3, tmp_path / "cut.gguf")
+
+    assert list(copy.tensors) == list(whole.tensors)
+    for name, tensor in whole.tensors.items():
+        assert copy.tensors[name].shape == tensor.shape
+        assert raw(copy.tensors[name]) == raw(tensor)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_cuts_hold_each_layer_once_under_its_new_number(tmp_path: Path, is_tied: bool) -> None:
+    whole = model(metadata(5), tensors(5, is_tied=is_tied), tmp_path / "x.gguf")
+
+    for start, end in ((0, 2), (2, 3), (3, 5)):
+        part = written(whole, start, end, tmp_path / "cut.gguf")
+        layers = {name: raw(part.tensors[name]) for name in part.tensors if name[:3] == "blk"}
+        assert layers == {
+            f"blk.{layer - start}.{short}.weight": raw(whole.tensors[f"blk.{layer}.{short}.weight"])
+            for layer in range(start, end)
+            for short in ("attn_norm", "ffn_up")
+        }
+
+
+def bytes_from(header: GgufHeader, cut: GgufCut) -> set[str]:
+    """The original's tensors whose bytes are in a cut, each whole or not at all."""
+    fetched = set()
+    for piece in cut.pieces:
+        end = piece.source_offset + piece.size_bytes
+        inside = [
+            tensor
+            for tensor in header.tensors.values()
+            if piece.source_offset <= tensor.offset < end
+        ]
+        assert sum(tensor.size_bytes for tensor in inside) == piece.size_bytes
+        fetched |= {tensor.name for tensor in inside}
+    return fetched
+
+
+@given(st.integers(1, 12), st.booleans(), st.data())
+def test_any_cuts_fetch_each_tensor_once_and_only_shared_ones_more_often(
+    layers: int, is_tied: bool, data: st.DataObject
+) -> None:
+    """Goal: a swarm downloads a model once, not once a shard."""
+    whole = model(metadata(layers), tensors(layers, is_tied=is_tied))
+    marks = sorted({0, layers, *data.draw(st.lists(st.integers(0, layers), max_size=4))})
+
+    cuts = [cut_layers(whole, *marks[index : index + 2]) for index in range(len(marks) - 1)]
+
+    fetched = [name for cut in cuts for name in sorted(bytes_from(whole, cut))]
+    shared = {"rope_freqs.weight"} | ({"token_embd.weight"} if is_tied else set())
+    assert set(fetched) == set(whole.tensors)
+    assert {name for name in fetched if fetched.count(name) > 1} <= shared
+
+
+def test_a_shard_in_the_middle_has_a_token_vocabulary_of_holes() -> None:
+    cut = cut_layers(model(metadata(3), tensors(3)), 1, 2)
+
+    part = header_of(cut)
+
+    assert part.tensors["token_embd.weight"].shape == (UNUSED_ROWS, WIDTH)
+    assert part.tensors["output.weight"].shape == (UNUSED_ROWS, WIDTH)
+    assert part.tensors["output.bias"].shape == (UNUSED_ROWS,)
+    assert part.integer("llama.vocab_size") == UNUSED_ROWS
+    assert cut.fetched_bytes == 4 * (WIDTH + 3 + 5)
+
+
+def test_the_first_shard_embeds_and_the_last_gives_logits_with_the_whole_vocabulary() -> None:
+    whole = model(metadata(2), tensors(2))
+
+    first, last = cut_layers(whole, 0, 1), cut_layers(whole, 1, 2)
+
+    for cut in (first, last):
+        part = header_of(cut)
+        assert part.integer("llama.vocab_size") == VOCABULARY
+        assert part.tensors["token_embd.weight"].shape == (VOCABULARY, WIDTH)
+        assert part.tensors["output.weight"].shape == (VOCABULARY, WIDTH)
+    assert "token_embd.weight" in bytes_from(whole, first) - bytes_from(whole, last)
+    assert "output.weight" in bytes_from(whole, last) - bytes_from(whole, first)
+
+
+def test_holes_take_no_room_on_disk_and_read_as_zeros(tmp_path: Path) -> None:
+    whole = model(metadata(2), tensors(2, vocabulary=50_000), tmp_path / "x.gguf")
+    cut = cut_layers(whole, 1, 2)
+    target = tmp_path / "cut.gguf"
+
+    write_cut(cut, target)
+
+    status = target.stat()
+    assert status.st_size == cut.size_bytes
+    assert status.st_blocks * 512 < len(cut.header) + cut.fetched_bytes + 65536 < cut.size_bytes
+    assert not any(raw(read_header(target).tensors["token_embd.weight"]))
+
+
+def test_a_hole_is_said_to_be_of_a_smaller_type_than_the_tensor_was() -> None:
+    """Method: float32 rows of 64 become blocks of 32 numbers in 18 bytes."""
+    part = header_of(cut_layers(model(metadata(2), tensors(2)), 1, 2))
+
+    assert part.tensors["token_embd.weight"].type is GgmlType.Q4_0
+    assert part.tensors["position_embd.weight"].type is GgmlType.F32
+
+
+def test_tensors_that_follow_each_other_are_fetched_as_one_range() -> None:
+    whole = model(
+        metadata(4), {**tensors(4), "blk.0.ffn_up.weight": tensors(1)["token_embd.weight"]}
+    )
+
+    cut = cut_layers(whole, 0, 1)
+
+    first = whole.tensors["token_embd.weight"]
+    size = 2 * first.size_bytes + 4 * WIDTH
+    assert cut.pieces[0] == Piece(
+        target_offset=len(cut.header),
+        source=whole.path,
+        source_offset=first.offset,
+        size_bytes=size,
+    )
+
+
+def test_tensors_are_aligned_for_the_library_whatever_the_original_says(tmp_path: Path) -> None:
+    """Method: tensors of 8 bytes that follow each other, which 32 bytes of alignment tear apart."""
+    names = ["token_embd.weight", "blk.0.a.weight", "blk.0.b.weight"]
+    shapes = [(1, 2), (2,), (2,)]
+    described = [
+        gguf_tensor(name, 0, shape, 8 * index)
+        for index, (name, shape) in enumerate(zip(names, shapes, strict=True))
+    ]
+    keys = {"general.architecture": "llama", "llama.block_count": 1, "general.alignment": 8}
+    head = gguf_header(keys, described)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(head + bytes(-len(head) % 8) + struct.pack("<6f", 1, 2, 3, 4, 5, 6))
+    whole = read_header(path)
+
+    part = written(whole, 0, 1, tmp_path / "cut.gguf")
+
+    assert part.alignment == ALIGNMENT
+    for name in names:
+        assert part.tensors[name].offset % ALIGNMENT == 0
+        assert raw(part.tensors[name]) == raw(whole.tensors[name])
+
+
+def test_layers_for_predicting_further_tokens_are_left_out() -> None:
+    whole = model(metadata(4, nextn_predict_layers=1, per__layer=[1, 2, 3, 4]), tensors(4))
+
+    part = header_of(cut_layers(whole, 1, 3))
+
+    assert layer_count(whole) == 3
+    assert part.integer("llama.nextn_predict_layers") == 0
+    assert part.integers("llama.per.layer") == (2, 3)
+
+
+# Metadata ---------------------------------------------------------------------
+
+
+def test_the_tokeniser_and_what_is_for_people_stay_behind() -> None:
+    part = cut_metadata(2, 0, 1, context_length=512)
+
+    assert part.text("tokenizer.ggml.model") == "none"
+    assert part.integer("llama.context_length") == 512
+    assert not {"general.name", "tokenizer.ggml.tokens"} & set(part.metadata)
+
+
+def test_values_keep_the_type_they_had_in_the_file() -> None:
+    entries = [
+        struct.pack("<Q", len(key)) + key + value
+        for key, value in (
+            (b"general.architecture", struct.pack("<IQ", 8, 5) + b"llama"),
+            (b"llama.block_count", struct.pack("<II", 4, 1)),
+            (b"llama.small", struct.pack("<IB", 0, 7)),
+            (b"llama.real", struct.pack("<If", 6, 0.1)),
+            (b"llama.text", struct.pack("<IQ", 8, 2) + b"\xff\xfe"),
+            (b"llama.items", struct.pack("<IIQ1h", 9, 3, 1, -5)),
+        )
+    ]
+    described = [gguf_tensor("token_embd.weight", 0, (8, 8), 0)]
+    described.append(gguf_tensor("blk.0.x.weight", 0, (8,), 256))
+    data = gguf_header(entries, described)
+    data += bytes(-len(data) % 32 + 288)
+    whole = parse_header(io.BytesIO(data), path=Path("x.gguf"), file_bytes=len(data))
+
+    part = header_of(cut_layers(whole, 0, 1))
+
+    for key in ("llama.small", "llama.real", "llama.text", "llama.items"):
+        assert part.encoded[key] == whole.encoded[key]
+
+
+def test_arrays_of_an_item_a_layer_are_sliced() -> None:
+    part = cut_metadata(
+        4,
+        1,
+        3,
+        feed_forward_length=[10, 11, 12, 13],
+        flags=[True, False, True, True],
+        rope__dimension_sections=[1, 2, 3, 4],
+    )
+
+    assert part.integers("llama.feed_forward_length") == (11, 12)
+    assert part.metadata["llama.flags"] == (False, True)
+    assert part.integers("llama.rope.dimension_sections") == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("items", [[1, 2, 3], [1, 2, 3, 4, 5], [], ["a", "b", "c", "d"]])
+def test_an_array_nobody_knows_how_to_slice_is_refused(items: Value) -> None:
+    with pytest.raises(ModelRefused, match="how to cut it is not known"):
+        cut_metadata(4, 0, 2, odd=items)
+
+
+@pytest.mark.parametrize(("start", "end", "expected"), [(0, 2, 2), (0, 4, 3), (2, 5, 1), (4, 6, 0)])
+def test_leading_dense_layers_are_counted_from_the_shards_start(
+    start: int, end: int, expected: int
+) -> None:
+    part = cut_metadata(6, start, end, leading_dense_block_count=3)
+
+    assert part.integer("llama.leading_dense_block_count") == expected
+
+
+def test_only_the_first_shard_scales_the_embedding() -> None:
+    assert cut_metadata(2, 0, 1, embedding_scale=12.0).number("llama.embedding_scale") == 12.0
+    assert cut_metadata(2, 1, 2, embedding_scale=12.0).number("llama.embedding_scale") == 1.0
+    assert cut_metadata(2, 1, 2).number("llama.embedding_scale") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("architecture", "own", "expected"),
+    [
+        ("gemma2", {}, (0, 1, 0, 1)),
+        ("gemma3", {}, (1, 1, 0, 1)),
+        ("gemma3", {"attention__sliding_window_pattern": 2}, (0, 1, 0, 1)),
+        ("gemma3", {"attention__sliding_window_pattern": 0}, (1, 1, 1, 1)),
+        ("gemma3", {"attention__sliding_window_pattern": 1}, (0, 0, 0, 0)),
+        ("smallthinker", {}, (1, 0, 1, 1)),
+        ("gemma3", {"attention__sliding_window_pattern": [0, 1, 1, 1, 0, 0, 0, 1]}, (1, 0, 0, 0)),
+    ],
+)
+def test_which_layers_slide_is_written_out(
+    architecture: str, own: Mapping[str, Value], expected: tuple[int, ...]
+) -> None:
+    """Goal: layer 3 stays layer 3 to the library, which counts windows from layer 0."""
+    part = cut_metadata(8, 3, 7, architecture, **own)
+
+    assert part.integers(f"{architecture}.attention.sliding_window_pattern") == expected
+
+
+def test_an_architecture_without_windows_gets_no_pattern() -> None:
+    assert "llama.attention.sliding_window_pattern" not in cut_metadata(2, 0, 1).metadata
+
+
+# Refusals ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "start", "end"),
+    [
+        ("gemma2", 46, 0, 20),
+        ("gemma2", 50, 2, 48),
+        ("gemma3", 62, 6, 12),
+        ("exaone4", 64, 0, 32),
+        ("deepseek2", 27, 0, 9),
+        ("deepseek2", 61, 0, 26),
+        ("baichuan", 32, 0, 16),
+        ("minicpm3", 5, 0, 2),
+    ],
+)
+def test_a_model_known_by_its_depth_is_not_cut_across_it(
+    architecture: str, layers: int, start: int, end: int
+) -> None:
+    with pytest.raises(ModelRefused, match="by their number of layers"):
+        cut_metadata(layers, start, end, architecture)
+
+
+def test_a_model_known_by_its_depth_runs_whole() -> None:
+    assert cut_metadata(46, 0, 46, "gemma2").integer("gemma2.block_count") == 46
+
+
+def test_a_default_that_depends_on_the_depth_is_refused() -> None:
+    with pytest.raises(ModelRefused, match=r"has no minicpm.residual_scale"):
+        cut_metadata(4, 0, 2, "minicpm")
+
+    assert cut_metadata(4, 0, 2, "minicpm", residual_scale=0.5)
+
+
+@pytest.mark.parametrize(
+    "key", ["attention.shared_kv_layers", "embedding_length_per_layer_input", "decoder_block_count"]
+)
+def test_layers_that_need_other_layers_are_refused(key: str) -> None:
+    with pytest.raises(ModelRefused, match=f"cannot be cut apart.*{key}"):
+        cut_metadata(4, 0, 2, "llama", **{key: 1})
+
+    assert cut_metadata(4, 0, 2, "llama", **{key: 0})
+
+
+@pytest.mark.parametrize(("start", "end"), [(-1, 2), (0, 0), (2, 1), (0, 5), (4, 5)])
+def test_layers_that_are_not_there_are_refused(start: int, end: int) -> None:
+    with pytest.raises(ModelRefused, match=r"no layers \[.* of 4"):
+        cut_layers(model(metadata(4), tensors(4)), start, end)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"llama.block_count": 3}, "a tensor of layer 3, but 3 layers"),
+        ({"llama.block_count": 5}, "layer 4 of 5 has no tensors"),
+        ({"llama.block_count": 0}, "0 layers, expected 1 to"),
+        ({"llama.block_count": 2**62}, "layers, expected 1 to"),
+        ({"llama.block_count": -1}, "-1 layers, expected 1 to"),
+        ({"llama.block_count": "4"}, "is str, expected int"),
+        ({"llama.nextn_predict_layers": 4}, "4 of 4 layers predict"),
+        ({"llama.nextn_predict_layers": -1}, "-1 of 4 layers predict"),
+        ({"split.count": 2}, "several files"),
+        ({"general.architecture": "qwen2"}, r"no metadata 'qwen2.block_count'"),
+    ],
+)
+def test_metadata_that_contradicts_the_tensors_is_refused(
+    changed: Mapping[str, Value], reason: str
+) -> None:
+    with pytest.raises(ModelRefused, match=reason):
+        cut_layers(model({**metadata(4), **changed}, tensors(4)), 0, 2)
+
+
+@pytest.mark.parametrize("period", [-1, 2**40])
+def test_a_window_period_out_of_range_is_refused(period: int) -> None:
+    with pytest.raises(ModelRefused, match="with a period of"):
+        cut_metadata(4, 0, 2, "gemma3", attention__sliding_window_pattern=period)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("blk.01.attn_norm.weight", (8,), "may not be called"),
+        ("blk.x.attn_norm.weight", (8,), "may not be called"),
+        ("blk.0", (8,), "may not be called"),
+        ("blk.99999.x", (8,), "may not be called"),
+        ("blk.0.a b", (8,), "may not be called"),
+        ("blk.0.a\0", (8,), "may not be called"),
+        ("blk.0." + "a" * 60, (8,), "may not be called"),
+        ("blk.0.a", (0,), "is empty"),
+        ("token_embd.weight", (8,), "of two dimensions"),
+        ("token_embd.weight", (0, 8), "a vocabulary of 0"),
+        ("output.weight", (VOCABULARY - 1, WIDTH), "'output.weight' has shape"),
+        ("output.bias", (8,), "'output.bias' has shape"),
+    ],
+)
+def test_a_tensor_that_cannot_be_is_refused(name: str, shape: tuple[int, ...], reason: str) -> None:
+    size = shape[0] * shape[-1] if len(shape) == 2 else shape[0]
+    changed: Tensors = {name: (GgmlType.F32, shape, bytes(4 * size))}
+
+    with pytest.raises(ModelRefused, match=reason):
+        cut_layers(model(metadata(2), {**tensors(2), **changed}), 0, 1)
+
+
+def test_a_model_without_an_embedding_is_refused() -> None:
+    without = {name: item for name, item in tensors(1).items() if name != "token_embd.weight"}
+
+    with pytest.raises(ModelRefused, match=r"no 'token_embd.weight'"):
+        cut_layers(model(metadata(1), without), 0, 1)
+
+
+VALID = llama_gguf()
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 8000), st.sampled_from([0, 1, 4, 9, 127, 255])),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(0, 2),
+    st.integers(0, 2),
+)
+def test_any_changed_bytes_give_a_cut_within_the_file_or_are_refused(
+    changes: list[tuple[int, int]], start: int, end: int
+) -> None:
+    """Method: a true header with a few bytes changed; a cut must read back, and fetch no more."""
+    data = bytearray(VALID)
+    for offset, value in changes:
+        data[offset] = value
+    try:
+        header = parse_header(io.BytesIO(data), path=Path("x.gguf"), file_bytes=len(data))
+        cut = cut_layers(header, start, end)
+    except ModelRefused:
+        return
+    part = header_of(cut)
+    assert part.integer(f"{part.architecture}.block_count") == end - start
+    for piece in cut.pieces:
+        assert piece.source_offset + piece.size_bytes <= len(data)
+        assert len(cut.header) <= piece.target_offset <= cut.size_bytes - piece.size_bytes
+
+
+# Writing ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def cut(tmp_path: Path) -> GgufCut:
+    return cut_layers(model(metadata(2), tensors(2), tmp_path / "x.gguf"), 0, 1)
+
+
+def test_progress_grows_to_the_bytes_that_are_fetched(tmp_path: Path, cut: GgufCut) -> None:
+    seen: list[tuple[int, int]] = []
+
+    write_cut(cut, tmp_path / "cut.gguf", lambda done, total: seen.append((done, total)))
+
+    assert seen == sorted(seen)
+    assert seen[-1] == (cut.fetched_bytes, cut.fetched_bytes)
+
+
+def assert_untouched(target: Path, cut: GgufCut) -> None:
+    assert target.read_bytes() == b"before"
+    assert {path.name for path in target.parent.iterdir()} == {
+        "cut.gguf",
+        cut.pieces[0].source.name,
+    }
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(b"before")
+    return path
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_written(
+    target: Path, cut: GgufCut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(target.parent)._replace(free=cut.fetched_bytes)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+
+    with pytest.raises(ConfigError, match=f"are needed, {cut.fetched_bytes} are free"):
+        write_cut(cut, target, lambda done, total: pytest.fail("something was written"))
+
+    assert_untouched(target, cut)
+
+
+def test_a_disk_that_fills_up_leaves_what_was_there(
+    target: Path, cut: GgufCut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+    with pytest.raises(ConfigError, match="No space left"):
+        write_cut(cut, target)
+
+    assert_untouched(target, cut)
+
+
+def test_writing_ends_with_what_the_report_raises(target: Path, cut: GgufCut) -> None:
+    def cancel(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_cut(cut, target, cancel)
+
+    assert_untouched(target, cut)
+
+
+def test_an_original_that_was_cut_off_meanwhile_is_refused(target: Path, cut: GgufCut) -> None:
+    os.truncate(cut.pieces[0].source, cut.pieces[-1].source_offset + 1)
+
+    with pytest.raises(ModelRefused, match="cut while it was read"):
+        write_cut(cut, target)
+
+    assert_untouched(target, cut)
+
+
+def test_an_original_that_is_gone_is_refused(target: Path, cut: GgufCut) -> None:
+    cut.pieces[0].source.unlink()
+
+    with pytest.raises(ModelRefused, match="cannot read"):
+        write_cut(cut, target)
+
+    assert target.read_bytes() == b"before"
+
+
+def test_a_folder_that_is_not_there_is_a_plain_error(tmp_path: Path, cut: GgufCut) -> None:
+    with pytest.raises(ConfigError, match="cannot write"):
+        write_cut(cut, tmp_path / "absent" / "cut.gguf")
+
+
+@pytest.mark.model
+def test_three_cuts_of_the_default_model_hold_all_of_it(
+    default_model: GgufHeader, tmp_path: Path
+) -> None:
+    target = tmp_path / "cut.gguf"
+    found: dict[str, bool] = {}
+    for start, end in ((0, 10), (10, 20), (20, 30)):
+        part = written(default_model, start, end, target)
+        for name, tensor in part.tensors.items():
+            layer, _, short = name.removeprefix("blk.").partition(".")
+            whole = f"blk.{int(layer) + start}.{short}" if name.startswith("blk.") else name
+            found[whole] = found.get(whole, False) or raw(tensor) == raw(
+                default_model.tensors[whole]
+            )
+
+    assert found == dict.fromkeys(default_model.tensors, True)
