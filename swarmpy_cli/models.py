@@ -1,9 +1,14 @@
-"""`swarmpy models`: list, pull and show; and which model is meant when none is named."""
+"""`swarmpy models`: list, pull and show; and which model is meant when none is named.
+
+What is here in part is read from the cache folder by the command itself: no node knows of it.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +23,7 @@ from swarmpy_cli.context import Settings, json_option, print_json
 
 if TYPE_CHECKING:
     from swarmpy.abc import Progress
+    from swarmpy.shards.partial import PartialModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +90,11 @@ def served_choice(node: NodeClient) -> Choice:
 
 def from_here(model: str) -> str:
     """Return a model's name unchanged, and a path as seen from this folder made absolute."""
+    from swarmpy.shards.hub_names import parse_name
+
     path = Path(model).expanduser()
     is_path = model.startswith((".", "~", "/")) or model.lower().endswith(".gguf")
+    is_path = is_path and parse_name(model) is None  # "owner/name:file.gguf" is of the Hub.
     return str(path.absolute()) if is_path else model
 
 
@@ -121,6 +130,56 @@ def pull_model(settings: Settings, model: str, progress: ProgressShown) -> Model
         return model_status(trio.run(catalog.pull, model, report))
 
 
+def partial_models(settings: Settings) -> Sequence[PartialModel]:
+    """Return the models of which only some layers are on this machine."""
+    from swarmpy.shards.catalog import Catalog
+
+    return Catalog(settings.cache_folder).partials()
+
+
+def pull_layers(
+    settings: Settings, model: str, layers: tuple[int, int], progress: ProgressShown
+) -> ModelStatus | PartialModel:
+    """Fetch layers `[start, end)` by ourselves, also while a node runs: it would not offer them.
+
+    Once no layer is missing the model is whole, and listed; a node that runs then sees it.
+    """
+    import trio
+
+    from swarmpy.node_status import model_status
+    from swarmpy.shards.catalog import Catalog
+    from swarmpy.shards.partial import PartialModel
+
+    def report(done: Progress) -> None:
+        progress(done.step, done.done, done.total, done.unit)
+
+    start, end = layers
+    work = partial(
+        Catalog(settings.cache_folder).pull_layers, model, start=start, end=end, progress=report
+    )
+    held = trio.run(work)
+    return held if isinstance(held, PartialModel) else model_status(held)
+
+
+def parse_layers(
+    context: click.Context, option: click.Parameter, text: str | None
+) -> tuple[int, int] | None:
+    """Return layers as people count them, "0-9" or "9", as a range `[start, end)`.
+
+    Raises:
+        BadParameter: The text is of another form, or ends before it begins.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", text)
+    if found is None:
+        raise click.BadParameter(f"{text!r} is not of the form 0-9")
+    start, last = int(found[1]), int(found[2] or found[1])
+    if last < start:
+        raise click.BadParameter(f"{text!r} ends before it begins")
+    return start, last + 1
+
+
 @click.group()
 def models() -> None:
     """List, fetch and describe models; a node need not run."""
@@ -131,11 +190,11 @@ def models() -> None:
 @click.pass_obj
 def list_models(settings: Settings, /, is_json: bool) -> None:
     """List the models this machine has or a connected member announces."""
-    known = known_models(settings)
+    known, held = known_models(settings), partial_models(settings)
     if is_json:
-        print_json({"models": msgspec.to_builtins(known)})
+        print_json({"models": list(map(_shown, known)), "partial": list(map(_shown, held))})
         return
-    if not known:
+    if not known and not held:
         click.echo("no models yet: `swarmpy models pull MODEL` fetches one")
         return
     print_table(
@@ -150,23 +209,50 @@ def list_models(settings: Settings, /, is_json: bool) -> None:
                 "ready" if model.is_ready else "",
             )
             for model in known
+        ]
+        + [
+            (
+                item.name,
+                show_bytes(item.size_bytes),
+                str(item.layer_count),
+                f"in part ({show_bytes(item.held_bytes)})",
+                "",
+                item.layers_shown,
+            )
+            for item in held
         ],
     )
 
 
 @models.command()
 @click.argument("model")
+@click.option(
+    "--layers",
+    callback=parse_layers,
+    metavar="FIRST-LAST",
+    help="Only these layers, of a model of the Hub; counted from 0, the last one included.",
+)
 @json_option
 @click.pass_obj
-def pull(settings: Settings, /, model: str, is_json: bool) -> None:
-    """Fetch MODEL (a name, or a folder in Hugging Face layout) and check it."""
+def pull(settings: Settings, /, model: str, layers: tuple[int, int] | None, is_json: bool) -> None:
+    """Fetch MODEL (a name, owner/name[@revision][:file.gguf] of the Hub, or a path) and check it.
+
+    A download that was interrupted goes on where it stopped.
+    """
     steps = Steps(is_json=is_json)
+    pulled: ModelStatus | PartialModel
     with steps.step(f"model {model}") as step:
-        pulled = pull_model(settings, from_here(model), step.progress)
+        if layers is None:
+            pulled = pull_model(settings, from_here(model), step.progress)
+        else:
+            pulled = pull_layers(settings, from_here(model), layers, step.progress)
     if is_json:
-        print_json(msgspec.to_builtins(pulled))
-    else:
+        print_json(_shown(pulled))
+    elif isinstance(pulled, ModelStatus):
         click.echo(f"{pulled.display_name or pulled.name}: {show_bytes(pulled.size_bytes)}")
+    else:
+        held, size = show_bytes(pulled.held_bytes), show_bytes(pulled.size_bytes)
+        click.echo(f"{pulled.display_name}: {pulled.layers_shown}, {held} of {size}")
 
 
 @models.command()
@@ -175,17 +261,26 @@ def pull(settings: Settings, /, model: str, is_json: bool) -> None:
 @click.pass_obj
 def show(settings: Settings, /, model: str, is_json: bool) -> None:
     """Describe MODEL, by its name or id."""
-    known = known_models(settings)
+    known: list[ModelStatus | PartialModel]
+    known = [*known_models(settings), *partial_models(settings)]
     found = [item for item in known if model in (item.name, item.model_id, item.display_name)]
     if not found:
         names = ", ".join(item.name for item in known) or "none"
         raise ModelNotFound(f"no model {model!r} is known here (known: {names})")
-    described: dict[str, object] = msgspec.to_builtins(found[0])
+    described = _shown(found[0])
     if is_json:
         print_json(described)
         return
+    if not isinstance(found[0], ModelStatus):
+        described["layers"] = found[0].layers_shown
     for name, value in described.items():
         shown = ", ".join(value) if isinstance(value, (list, tuple)) else str(value)
         if name.endswith("_bytes") and isinstance(value, int):
             shown = f"{show_bytes(value)} ({value} bytes)"
         click.echo(f"{name.removesuffix('_bytes').replace('_', ' '):<16}{shown}")
+
+
+def _shown(model: ModelStatus | PartialModel) -> dict[str, object]:
+    """A model as a JSON object."""
+    shown: dict[str, object] = msgspec.to_builtins(model, enc_hook=str)
+    return shown

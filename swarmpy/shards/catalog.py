@@ -26,6 +26,7 @@ import trio
 from swarmpy.abc import ModelLabel, ModelSource, Progress
 from swarmpy.errors import DownloadFailed, ModelNotFound, ModelRefused
 from swarmpy.shards.describe import describe
+from swarmpy.shards.hub import HubSource
 from swarmpy.shards.locks import hold_lock_blocking
 from swarmpy.shards.manifest import (
     Format,
@@ -35,6 +36,7 @@ from swarmpy.shards.manifest import (
     is_model_id,
     write_index,
 )
+from swarmpy.shards.partial import PartialModel, partial_model
 from swarmpy.shards.sources import FolderSource, PackageSource, in_thread
 
 log = logging.getLogger(__name__)
@@ -92,9 +94,11 @@ class Catalog:
     """Finds, adds, verifies and removes the models of this machine."""
 
     def __init__(self, cache_folder: Path, *, sources: Sequence[ModelSource] | None = None) -> None:
-        """Args: cache_folder: Machine-wide. sources: In order; default: package and folder."""
+        """Args: cache_folder: Machine-wide. sources: In order; default: package, hub and folder."""
         self.cache_folder = cache_folder = Path(os.path.abspath(cache_folder))
-        self._sources = (PackageSource(), FolderSource()) if sources is None else tuple(sources)
+        if sources is None:
+            sources = (PackageSource(), HubSource(), FolderSource())
+        self._sources = tuple(sources)
         self._hashes = HashCache(cache_folder)
         self._path = cache_folder / "index" / "models.json"
         self._lock = cache_folder / "locks" / "models.lock"
@@ -111,12 +115,13 @@ class Catalog:
             ModelRefused: The files ask for what a model must not do, or contradict themselves.
             DownloadFailed: The files could not be fetched or did not verify.
         """
-        record = self._match(model)
-        request = record.request if record else model
-        source = next((item for item in self._sources if item.matches(request)), None)
+        request = self._request(model)
+        source = self._source(request)
         if source is None:
             raise self._not_found(model)
         path = await source.fetch(request, self.cache_folder, progress)
+        if isinstance(source, HubSource):
+            request = source.pinned(path)
         label = source.label(request)
         manifest = await in_thread(
             partial(build_manifest, path, self._hashes, source=label.origin), progress, "checking"
@@ -127,6 +132,37 @@ class Catalog:
         return await trio.to_thread.run_sync(
             self._add, _Record(entry=entry, request=request, manifest=manifest)
         )
+
+    async def pull_layers(
+        self,
+        model: str,
+        *,
+        start: int,
+        end: int,
+        progress: Callable[[Progress], None] = ignore,
+    ) -> PartialModel | ModelEntry:
+        """Bring the headers and layers `[start, end)` of a hub's model to this machine.
+
+        What is here in part is in `partials`, not in `list`, until its last layer comes: nothing
+        offers it. Where no layer is missing the model is listed as by `pull`.
+
+        Raises:
+            ModelNotFound, ModelRefused, DownloadFailed: As `pull`; also for layers that the model
+                does not have, and for sources that give whole models only.
+        """
+        request = self._request(model)
+        source = self._source(request)
+        if not isinstance(source, HubSource):
+            raise ModelNotFound(
+                f"{model!r:.80} is no model of a hub; only those can be fetched by layers",
+                fix=f"swarmpy models pull {model}",
+            )
+        path = await source.fetch_layers(request, self.cache_folder, progress, start=start, end=end)
+        pinned = source.pinned(path)
+        for held in await trio.to_thread.run_sync(self.partials):
+            if held.path == path:
+                return held
+        return await self.pull(pinned, progress)
 
     async def verify(
         self, entry: ModelEntry, progress: Callable[[Progress], None] = ignore
@@ -144,7 +180,7 @@ class Catalog:
             DownloadFailed: The files were damaged and could not be fetched again.
         """
         record = self._record(entry.model_id)
-        source = next((item for item in self._sources if item.matches(record.request)), None)
+        source = self._source(record.request)
         if source is None:
             raise self._not_found(record.request)
         path = await source.fetch(record.request, self.cache_folder, progress)
@@ -178,6 +214,29 @@ class Catalog:
     def by_id(self, model_id: str) -> ModelEntry | None:
         """Return the model with an id, None if it is not here."""
         return next((entry for entry in self.list() if entry.model_id == model_id), None)
+
+    def partials(self) -> Sequence[PartialModel]:
+        """Return the models of which only some layers are here, by name. Blocks for some files.
+
+        They are in no other answer of the catalog, so that no node offers or loads them.
+        """
+        found = map(partial_model, sorted((self.cache_folder / "partial").glob("*")))
+        return sorted((item for item in found if item), key=lambda item: item.name)
+
+    def layers_path(self, model_id: str, *, start: int, end: int) -> Path:
+        """Return what an engine is given to load layers `[start, end)`, whole model or not.
+
+        Raises:
+            ModelNotFound: Those layers are not here; the fix is the command that fetches them.
+        """
+        entry = self.by_id(model_id)
+        if entry is not None:
+            return entry.path
+        for held in self.partials():
+            if held.model_id == model_id:
+                held.check_layers(start, end)
+                return held.path
+        raise self._not_found(model_id)
 
     async def remove(self, name_or_id: str) -> ModelEntry:
         """Take a model off the list, and delete its files if they lie in the cache.
@@ -234,14 +293,32 @@ class Catalog:
         return name
 
     def _is_offered(self, name: str) -> bool:
-        return any(source.matches(name) for source in self._sources)
+        return self._source(name) is not None
+
+    def _source(self, request: str) -> ModelSource | None:
+        return next((item for item in self._sources if item.matches(request)), None)
+
+    def _request(self, model: str) -> str:
+        """What the source of a model is asked for, where the model is here in whole or in part."""
+        record = self._match(model)
+        if record is not None:
+            return record.request
+        held = self._match_partial(model)
+        return model if held is None else held.request
+
+    def _match_partial(self, name_or_id: str) -> PartialModel | None:
+        """The only partial model of a name or id."""
+        text = name_or_id.lower()
+        found = [held for held in self.partials() if text in (held.name, held.model_id)]
+        return found[0] if len(found) == 1 else None
 
     def _remove(self, record: _Record) -> None:
         with self._changing() as records:
             records[:] = [item for item in records if item.entry.name != record.entry.name]
         path, models = record.entry.path, self.cache_folder / "models"
-        if path.parent.parent == models:
-            shutil.rmtree(path.parent, ignore_errors=True)
+        release = path if record.entry.format == "safetensors" else path.parent
+        if release.parent == models:
+            shutil.rmtree(release, ignore_errors=True)
 
     def _record(self, model_id: str) -> _Record:
         for record in self._read():
@@ -261,9 +338,17 @@ class Catalog:
         return found[0] if len(found) == 1 else None
 
     def _not_found(self, name: str) -> ModelNotFound:
-        if self._is_offered(name):
+        held = self._match_partial(name)
+        if held is not None:
             return ModelNotFound(
-                f"{name!r} is not on this machine yet", fix=f"swarmpy models pull {name.lower()}"
+                f"of {held.name} only {held.layers_shown} are on this machine",
+                fix=f"Fetch the rest: swarmpy models pull {held.request}",
+            )
+        if self._is_offered(name):
+            # Names of packages are lower case; a hub's file names are what they are.
+            shown = name if "/" in name else name.lower()
+            return ModelNotFound(
+                f"{name!r} is not on this machine yet", fix=f"swarmpy models pull {shown}"
             )
         names = [entry.name for entry in self.list()]
         close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)

@@ -33,6 +33,7 @@ LOCAL_DECODERS = {
     "swarmpy/proto/wire.py": "the one way in for what peers say",
     "swarmpy/shards/catalog.py": "this machine's own index",
     "swarmpy/shards/manifest.py": "this machine's own hashes",
+    "swarmpy/shards/partial.py": "this machine's own list of what is here of a model",
     "swarmpy/testing/engine.py": "the test engine's own model file",
 }
 """Files that call msgspec's decoders themselves, and what for."""
