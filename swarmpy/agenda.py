@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 
 import trio
@@ -29,6 +30,7 @@ class Agenda:
         self._call_at = call_at
         self._called_s = math.inf
         """The earliest time at which `call_at` was told to call."""
+        self._asked: set[float] = set()
 
     def after(self, seconds: float, work: Callable[[], None]) -> None:
         """Call `work` in so many seconds. It must not raise, and bound what it puts down here."""
@@ -63,11 +65,14 @@ class Agenda:
         """Be called at a time, unless an earlier call will ask for it."""
         if time_s < self._called_s and self._call_at is not None:
             self._called_s = time_s
-            self._call_at(time_s, self._was_called)
+            if time_s not in self._asked:
+                self._asked.add(time_s)
+                self._call_at(time_s, partial(self._was_called, time_s))
 
-    def _was_called(self) -> None:
-        if trio.current_time() < self._called_s:
-            return  # An earlier call did what this one was asked for, and asked for a later one.
+    def _was_called(self, asked_s: float) -> None:
+        self._asked.discard(asked_s)
+        if asked_s > self._called_s:
+            return  # An earlier call is on its way, and will ask for a later one.
         self._called_s = math.inf
         if self._is_running:
             self._do_due()

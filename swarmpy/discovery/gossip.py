@@ -165,7 +165,9 @@ class Gossip:
         self._agenda = Agenda(environment.call_at)
         self._table = RecordTable(identity.peer_id)
         self.links: dict[PeerId, Link] = {}
-        self.spreading = Spreading(self._table, self.links, self._agenda, environment)
+        self.spreading = Spreading(
+            self._table, self.links, self._agenda, environment, networks=trust.own_memberships
+        )
         self._catchup = CatchUp(self.spreading, environment, trust)
         self.liveness = Liveness(
             self.spreading,
@@ -278,7 +280,7 @@ class Gossip:
             )
             statement = open_statement(sealed, wall_s=wall_s)
             if self._table.add(statement):
-                self.spreading.spread(statement, source=None, to_all=True)
+                self.spreading.spread(statement, source=None, is_urgent=True, to_all=True)
         with trio.move_on_after(FAREWELL_S):
             while not all(link.is_idle for link in self.links.values()):  # noqa: ASYNC110 - no event
                 await trio.sleep(FAREWELL_S / 30)
@@ -337,6 +339,8 @@ class Gossip:
         if former is not None:
             former.scope.cancel()
             link.is_eager = former.is_eager
+        if link.is_eager:
+            link.want([], is_graft=True)  # The former link may not have sent it.
         self.links[peer] = link
         self.spreading.met()
         if self._alone_since_s < math.inf:
@@ -396,8 +400,10 @@ class Gossip:
     async def _serve(self, stream: Stream) -> None:
         messages = MessageStream(stream)
         kinds = cast("type[Message]", Message)
-        if (link := self.links.get(stream.peer)) is not None and link.is_eager:
+        link = self.links.get(stream.peer)
+        if link is not None and link.is_eager and not link.is_asked:
             # What was said before this node was a member over there was refused, unnoticed.
+            link.is_asked = True
             link.want([], is_graft=True)
         try:
             while (message := await messages.receive_or_end(kinds)) is not None:
@@ -477,7 +483,7 @@ class Gossip:
             if statement.network_id in networks:
                 is_news = self.liveness.stated(statement, deliverer)
                 (news if is_news else known).append(statement)
-        if is_bulk and len(known) < records.count:
+        if is_bulk and news:
             self._catchup.with_others()
         if not records.is_answer:
             self.spreading.pushed(deliverer, news, known)
@@ -559,8 +565,8 @@ def _work_of(message: Message) -> float:
             work += sum(WORK_PER_PREFIX * 16**missing / 16 for missing in digits)
             if isinstance(message, Listing):
                 work += sum(len(part.entries) for part in message.parts) * WORK_PER_BYTE
-        case Probe() | Root():
+        case Probe() | Root() | Prune():
             work += 1
-        case Alive() | Leave() | Prune():
+        case Alive() | Leave():
             pass
     return work

@@ -93,6 +93,8 @@ class Link:
         self.has_parted = False
         self.has_compared = False
         """Whether the neighbour has told its root since it connected."""
+        self.is_asked = False
+        """Whether it was asked to push over a stream that it had opened."""
         self.compared_s = -math.inf
         """When this node told its own last."""
         self.scope = trio.CancelScope()
@@ -239,6 +241,8 @@ class Link:
         messages = MessageStream(stream)
         try:
             while self._is_wanted(stream.connection):
+                # Another was the better one for a while, and is not any more.
+                self._is_superseded = False
                 while (message := self._next()) is not None:
                     self._is_sending = True
                     await messages.send(message)

@@ -8,8 +8,7 @@ for it and mends the tree. Spec: protocols/announce.md, States.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,6 +22,7 @@ from swarmpy.discovery.records import Record, RecordTable
 from swarmpy.environment import Environment
 from swarmpy.identity import PeerId
 from swarmpy.proto.announce import Have, Prune, Want
+from swarmpy.proto.membership import NetworkId
 from swarmpy.proto.summary import is_gone, unpack_entries, unpack_keys
 from swarmpy.proto.swim import SignedStatement
 
@@ -39,7 +39,7 @@ TELL_REFRESH_S = 10.0
 GRAFT_S = 0.5
 """What a node was told of and did not get by then it asks for, and again from the next teller."""
 
-STORM_RECORDS = 5
+STORM_MEMBERS = 5
 STORM_S = 5.0
 GRAFT_STORM_S = 5.0
 """The same where so many records came within so long: pushes that wait for each other take longer,
@@ -57,6 +57,9 @@ MEND_S = 10.0
 """Edges of the tree that a node sees to, so long after it met somebody or when a storm is over:
 graphs in which each node picks two others are whole, as good as always, and what is a cycle of them
 is cut by the next news. With one each they fall into dozens of parts where many start at once."""
+
+MEND_S_MAX = 60.0
+"""A storm puts that off no longer than this."""
 
 PRUNE_SPACING_S = 1.0
 """Between two prunes: the records of several members that go round a cycle at once meet in several
@@ -111,9 +114,12 @@ class Spreading:
         links: Mapping[PeerId, Link],
         agenda: Agenda,
         environment: Environment,
+        *,
+        networks: Callable[[], Iterable[NetworkId]],
     ) -> None:
-        """Args: links: The neighbours, kept up to date by whoever made them."""
+        """Args: links: The neighbours, kept up to date. networks: Those that this node is in."""
         self._random = environment.random
+        self._networks = networks
         self.table = table
         self.links = links
         self.agenda = agenda
@@ -124,7 +130,9 @@ class Spreading:
         self._urgent = _Untold(TELL_URGENT_S)
         self._pruned_s = -math.inf
         self._is_mending = False
-        self._news_s = deque([-math.inf] * STORM_RECORDS, maxlen=STORM_RECORDS)
+        self._mend_by_s = -math.inf
+        self._news: dict[PeerId, float] = {}
+        """When there was news of some members last, the oldest first."""
         self._missing: dict[bytes, _Missing] = {}
         self._pushed: dict[bytes, int] = {}
         """Versions of the records that were pushed here last."""
@@ -158,7 +166,11 @@ class Spreading:
             to_all: Send it to every neighbour, without the lazy way.
         """
         key, network_id, now_s = record.key, record.network_id, trio.current_time()
-        self._news_s.append(now_s)
+        if not is_refresh:
+            self._news.pop(record.peer, None)
+            self._news[record.peer] = now_s
+            if len(self._news) > STORM_MEMBERS:
+                del self._news[next(iter(self._news))]
         if (missing := self._missing.get(key)) is not None and missing.version <= record.version:
             del self._missing[key]
         is_lazy = False
@@ -198,6 +210,7 @@ class Spreading:
         """
         met = sum(self._pushed.get(record.key, -1) >= record.version for record in known)
         for record in news:
+            self._pushed.pop(record.key, None)
             self._pushed[record.key] = record.version
         while len(self._pushed) > PUSHED_MAX:
             del self._pushed[next(iter(self._pushed))]
@@ -209,26 +222,39 @@ class Spreading:
             link.is_eager = False
             self._pruned_s = now_s
             link.say(Prune())
-            self.hold_on()
+            self.hold_on(but=peer)
+        elif link is not None and news:
+            link.is_eager = True  # Over there this node is one of those that news is pushed to.
 
-    def hold_on(self, *, edges_min: int = 1) -> None:
-        """Be part of the tree by so many edges at least, one in the place of one that was lost."""
-        eager = sum(link.is_eager for link in self.links.values())
-        lazy = [peer for peer in sorted(self.links) if not self.links[peer].is_eager]
-        if lazy and eager < edges_min:
-            link = self.links[lazy[self._random.randrange(len(lazy))]]
-            link.is_eager = True
-            link.want([], is_graft=True)
+    def hold_on(self, *, edges_min: int = 1, but: PeerId | None = None) -> None:
+        """Be part of each network's tree by so many edges at least.
+
+        Args:
+            but: An edge to this one was just cut: it is taken again only where there is no other.
+        """
+        now_s = trio.current_time()
+        for network_id in sorted(self._networks()):
+            sharing = [
+                peer for peer in sorted(self.links) if self.links[peer].shares(network_id, now_s)
+            ]
+            lazy = [peer for peer in sharing if not self.links[peer].is_eager]
+            if lazy and len(sharing) - len(lazy) < edges_min:
+                choice = [peer for peer in lazy if peer != but] or lazy
+                link = self.links[choice[self._random.randrange(len(choice))]]
+                link.is_eager = True
+                link.want([], is_graft=True)
 
     def met(self) -> None:
         """There is a neighbour more: hold on by an edge now, and by one more in a quiet moment."""
         self.hold_on()
         if not self._is_mending:
             self._is_mending = True
+            self._mend_by_s = trio.current_time() + MEND_S_MAX
             self.agenda.after(MEND_S * (0.5 + self._random.random() / 2), self._mend)
 
     def _mend(self) -> None:
-        if self._is_storm(trio.current_time()):
+        now_s = trio.current_time()
+        if self._is_storm(now_s) and now_s < self._mend_by_s:
             self.agenda.after(STORM_S, self._mend)
         else:
             self._is_mending = False
@@ -238,7 +264,7 @@ class Spreading:
         """A neighbour asks to be pushed nothing."""
         if (link := self.links.get(peer)) is not None:
             link.is_eager = False
-            self.hold_on()
+            self.hold_on(but=peer)
 
     def asked(self, want: Want, peer: PeerId) -> None:
         """A neighbour asks for records."""
@@ -294,7 +320,8 @@ class Spreading:
             self.agenda.after(delay_s, partial(self._graft, late))
 
     def _is_storm(self, now_s: float) -> bool:
-        return now_s < self._news_s[0] + STORM_S
+        oldest_s = next(iter(self._news.values()), -math.inf)
+        return len(self._news) == STORM_MEMBERS and now_s < oldest_s + STORM_S
 
     def _is_missed(self, key: bytes, version: int, link: Link) -> bool:
         """Whether a record that a neighbour tells of is of use here.
@@ -316,15 +343,19 @@ class Spreading:
         """Tell the lazy neighbours of what was pushed to the others a while ago."""
         now_s = trio.current_time()
         lazy = [link for link in self.links.values() if not link.is_eager]
-        lazy = self._random.sample(lazy, min(TOLD_AT_ONCE, len(lazy)))
+        drawn: dict[NetworkId, list[Link]] = {}
         if untold is self._soon:
             untold.next_s = now_s + TELL_SPACING_S
         for key in self._take_old(untold, now_s - untold.delay_s / 2):
             record, knowing = self.newest(key), untold.keys.pop(key)[1]
             if record is None:
                 continue  # Its member was revoked meanwhile.
-            for link in lazy:
-                if link.peer not in knowing and link.shares(record.network_id, now_s):
+            network_id = record.network_id
+            if network_id not in drawn:
+                sharing = [link for link in lazy if link.shares(network_id, now_s)]
+                drawn[network_id] = self._random.sample(sharing, min(TOLD_AT_ONCE, len(sharing)))
+            for link in drawn[network_id]:
+                if link.peer not in knowing:
                     link.tell(key, record.version)
         if untold.keys:
             self._schedule(untold)

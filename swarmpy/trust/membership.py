@@ -405,7 +405,8 @@ class Membership:
         """Forget who is gone, and send away who stayed a stranger; now and from then on."""
         self._agenda.after(SWEEP_INTERVAL_S, self._sweep)
         connections = self._host.connections
-        self._members.retain({item.peer for item in connections})
+        # One that is going away serves nobody, however long its peer keeps it.
+        self._members.retain({item.peer for item in connections if item.is_open})
         confirmed = self._members.connection
         strangers = [item for item in connections if confirmed(item.peer) is None]
         now = trio.current_time()
