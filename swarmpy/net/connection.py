@@ -56,7 +56,7 @@ HANDLER_GRACE_S = 5.0
 """Handlers may tidy up this long after their connection is gone; then they are cancelled."""
 
 _RTTS_KEPT = 8
-"""Round trips of which the shortest counts for the windows: of the last forty seconds, as a rule."""
+"""Round trips of which the shortest counts for the windows: of about the last forty seconds."""
 
 _RTT_GAIN = 0.125
 """Weight of a new round trip in the smoothed one (as in RFC 6298)."""

@@ -58,6 +58,8 @@ ENVIRONMENT_ALLOWED = (
     "CUDA_HOME",
     "CUDA_PATH",
     "CUDA_VISIBLE_DEVICES",
+    "SWARMPY_LLAMA_LIBRARY",
+    "SWARMPY_LLAMA_GPU_LAYERS",
 )
 """All a child inherits of our environment: how to find programs and libraries, and the locale."""
 
