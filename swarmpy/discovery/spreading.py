@@ -230,7 +230,7 @@ class Spreading:
         """Be part of each network's tree by so many edges at least.
 
         Args:
-            but: An edge to this one was just cut: it is taken again only where there is no other.
+            but: An edge to this one was just cut: where there is no other it is taken again, later.
         """
         now_s = trio.current_time()
         for network_id in sorted(self._networks()):
@@ -239,7 +239,10 @@ class Spreading:
             ]
             lazy = [peer for peer in sharing if not self.links[peer].is_eager]
             if lazy and len(sharing) - len(lazy) < edges_min:
-                choice = [peer for peer in lazy if peer != but] or lazy
+                choice = [peer for peer in lazy if peer != but]
+                if not choice:
+                    self._mend_later()
+                    continue
                 link = self.links[choice[self._random.randrange(len(choice))]]
                 link.is_eager = True
                 link.want([], is_graft=True)
@@ -247,6 +250,9 @@ class Spreading:
     def met(self) -> None:
         """There is a neighbour more: hold on by an edge now, and by one more in a quiet moment."""
         self.hold_on()
+        self._mend_later()
+
+    def _mend_later(self) -> None:
         if not self._is_mending:
             self._is_mending = True
             self._mend_by_s = trio.current_time() + MEND_S_MAX

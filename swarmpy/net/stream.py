@@ -132,6 +132,8 @@ class NativeStream(Stream):
         self._is_write_closed = True
         if self._dialer is None:
             self.connection.close_write(self.stream_id)
+        else:
+            self._agree()  # The answer may be here already, and unread.
         await trio.lowlevel.checkpoint()
 
     def reset(self) -> None:

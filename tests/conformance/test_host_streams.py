@@ -26,7 +26,9 @@ MIB = 1024 * 1024
 class TestStreams:
     """Native on TCP, native on SimNetwork, SimHost, and an application's py-libp2p host."""
 
-    @pytest.mark.parametrize("size", [1, 64, 32767, 32768, 65519, 65520, 262144, 262145, 4 * MIB])
+    @pytest.mark.parametrize(
+        "size", [1, 64, 32767, 32768, 65280, 65281, 65519, 65520, 262144, 262145, 4 * MIB]
+    )
     async def test_bytes_come_back_as_they_were_sent(self, world: HostWorld, size: int) -> None:
         alice, bob = await world.host("alice"), await world.host("bob")
         bob.set_handler(ECHO, echo)

@@ -22,6 +22,8 @@ from swarmpy import config
 from swarmpy.abc import Gate, Priority, ProtocolId, Stream
 from swarmpy.errors import ConnectionLost, NetworkError, StreamReset
 from swarmpy.identity import PeerId
+from swarmpy.net.connection import _RTTS_KEPT as RTTS_KEPT
+from swarmpy.net.connection import NativeConnection
 from swarmpy.net.table import ConnectionTable
 from swarmpy.proto import noise
 from swarmpy.testing import Link
@@ -101,6 +103,23 @@ async def test_the_round_trip_is_measured_and_smoothed(sim: World, autojump_cloc
     await trio.sleep(1)
     assert connection.rtt_s == pytest.approx(0.1)
     assert await alice.ping(bob.identity.peer_id) == pytest.approx(0.1)
+
+
+async def test_the_shortest_of_the_last_round_trips_counts_for_the_windows(
+    sim: World, autojump_clock: object
+) -> None:
+    """Goal: what stood in the way of a ping makes no window grow. Method: one short, then long."""
+    alice, bob = await sim.host("alice"), await sim.host("bob")
+    connection = await alice.dial(bob.identity.peer_id, bob.addresses)
+    assert isinstance(connection, NativeConnection)
+
+    counted = []
+    for rtt_s in (0.3, 0.02, *(0.2 + index / 100 for index in range(RTTS_KEPT))):
+        connection.measured(rtt_s)
+        counted.append(connection._yamux.rtt_s)
+
+    # When it is none of the last any more, the shortest of those counts.
+    assert counted == [0.3, *[0.02] * RTTS_KEPT, 0.2]
 
 
 # Priorities --------------------------------------------------------------------------------------
@@ -324,6 +343,27 @@ async def test_an_end_that_was_received_stays_an_end(sim: World, autojump_clock:
     await trio.sleep(1)
     assert not alice.connections
     assert await receive_all(stream) == b"hello"
+
+
+async def test_an_end_goes_out_though_the_peers_agreement_came_before_it_and_nobody_read(
+    sim: World, autojump_clock: object
+) -> None:
+    """The end waits for the peer's answer to the proposal, which here lies unread already."""
+    alice, bob = await sim.host("alice"), await sim.host("bob")
+    received: list[bytes] = []
+
+    async def keep(stream: Stream) -> None:
+        received.append(await receive_all(stream))
+
+    bob.set_handler(SINK, keep)
+    stream = await alice.open_stream(await connect(alice, bob), [SINK])
+    await stream.send_all(b"all there is")
+    await trio.sleep(1)
+
+    await stream.close_write()
+    await trio.sleep(1)
+
+    assert received == [b"all there is"]
 
 
 async def test_a_stream_its_peer_never_ends_is_reset_after_the_handler(

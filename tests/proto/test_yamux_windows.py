@@ -27,7 +27,9 @@ from swarmpy.proto.yamux import (
     GROWTH_BYTES_MAX,
     GROWTH_RTT_S_MIN,
     INITIAL_WINDOW_BYTES,
+    NEAR_RTT_S,
     WINDOW_BYTES_MAX,
+    WINDOW_BYTES_NEAR_MAX,
     WINDOW_IDLE_S,
     DataReceived,
     WindowOpened,
@@ -171,6 +173,27 @@ def test_a_window_grows_to_four_mib_and_no_further() -> None:
     yamux = grown(to=WINDOW_BYTES_MAX)
     assert read_half(yamux, now_s=0.0) == WINDOW_BYTES_MAX // 2
     assert yamux._streams[1].receive_window == WINDOW_BYTES_MAX
+
+
+@pytest.mark.parametrize(
+    ("rtt_s", "expected"),
+    [(NEAR_RTT_S - 1e-6, WINDOW_BYTES_NEAR_MAX), (NEAR_RTT_S, WINDOW_BYTES_MAX)],
+)
+def test_a_window_to_a_peer_nearby_stops_growing_earlier(rtt_s: float, expected: int) -> None:
+    """Method: half of it is read at once, more often than it could double."""
+    yamux = opened()
+    yamux.rtt_s = rtt_s
+    for _ in range(10):
+        read_half(yamux, now_s=0.0)
+    assert yamux._streams[1].receive_window == expected
+
+
+def test_a_window_that_grew_far_away_does_not_grow_nearby() -> None:
+    """The path became shorter meanwhile: what was granted stays granted."""
+    yamux = grown(to=2 * WINDOW_BYTES_NEAR_MAX)
+    yamux.rtt_s = NEAR_RTT_S / 2
+    assert read_half(yamux, now_s=0.0) == WINDOW_BYTES_NEAR_MAX
+    assert yamux._streams[1].receive_window == 2 * WINDOW_BYTES_NEAR_MAX
 
 
 @pytest.mark.parametrize(("behind", "expected"), [(0, 3), (1, 1)])

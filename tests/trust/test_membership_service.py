@@ -13,12 +13,14 @@ from trio.testing import MockClock
 from swarmpy.abc import Address, ProtocolId, Stream
 from swarmpy.errors import MembershipError, NotAMember, RemoteProtocolError, StreamReset
 from swarmpy.identity import PeerId
+from swarmpy.net.connection import NativeConnection
 from swarmpy.net.host import NativeHost
 from swarmpy.net.messages import MessageStream
 from swarmpy.proto.membership import NETWORKS_MAX, Done, Hello, Proofs, network_tag
 from swarmpy.testing.network import Link, SimNetwork
 from swarmpy.trust.conversations import PROTOCOL
 from swarmpy.trust.exchange import channel_binding
+from swarmpy.trust.membership import STRANGER_TIMEOUT_S, SWEEP_INTERVAL_S
 
 WORK = ProtocolId("/swarmpy/work/1")
 DAY_S = 86400.0
@@ -153,6 +155,24 @@ async def test_a_stranger_that_stays_one_is_sent_away(
         await trio.sleep(20)
 
         assert ann.host.connection_to(eve.peer) is None
+
+
+async def test_a_member_that_said_go_away_and_stays_connected_is_sent_away_as_a_stranger(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    """Goal: a connection that serves nobody any more keeps nobody a member, nor itself a place."""
+    async with small_swarm(tmp_path, "ann", "bob") as (ann, bob):
+        await join(bob, ann)
+        (connection,) = bob.host.connections
+        assert isinstance(connection, NativeConnection)
+
+        connection._yamux.go_away()
+        connection.flush()
+        await until(lambda: not ann.membership.is_member(bob.peer), within_s=SWEEP_INTERVAL_S + 1)
+        assert len(ann.host.connections) == 1
+        await trio.sleep(STRANGER_TIMEOUT_S + SWEEP_INTERVAL_S)
+
+        assert ann.host.connections == []
 
 
 async def test_a_member_that_leaves_is_lost_and_one_that_returns_is_told_again(
