@@ -11,6 +11,7 @@ A frame is 4 bytes of length, ciphertext, and a tag of 16 bytes.
 
 from __future__ import annotations
 
+import mmap
 import socket
 import struct
 import sys
@@ -46,6 +47,11 @@ _nonce = struct.Struct("<4xQ").pack
 _length = struct.Struct(">I")
 
 
+def _pages(size: int) -> memoryview:
+    """A buffer of its own pages: what malloc gives depends on what a process did before."""
+    return memoryview(mmap.mmap(-1, size))
+
+
 class AeadChannel(Channel):
     """A TCP connection of encrypted frames."""
 
@@ -60,12 +66,12 @@ class AeadChannel(Channel):
         self._decrypt_into = ChaCha20Poly1305(theirs).decrypt_into
         self._sent_count = 0
         self._received_count = 0
-        self._sealed = memoryview(bytearray(BATCH_FRAMES * SEALED_BYTES))
-        self._received = memoryview(bytearray(RECEIVE_FRAMES * SEALED_BYTES))
+        self._sealed = _pages(BATCH_FRAMES * SEALED_BYTES)
+        self._received = _pages(RECEIVE_FRAMES * SEALED_BYTES)
         self._start = self._end = 0  # what was received and not yet decrypted
         self._is_drained = True  # whether the last read left nothing in the kernel
         self._message = memoryview(bytearray(FRAME_BYTES))
-        self._opened = memoryview(bytearray(FRAME_BYTES))
+        self._opened = _pages(FRAME_BYTES)
         self._rest = self._opened[:0]  # of a frame that was larger than what was asked for
 
     async def send(self, data: Bytes) -> None:

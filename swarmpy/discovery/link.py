@@ -275,14 +275,11 @@ class Link:
         """Send what needs no waiting; the rest, and whatever is not ordinary, is the task's."""
         self._is_poked = False
         messages = self._open
-        is_usual = messages is not None and not self._is_superseded
-        if messages is None or not is_usual or not self._is_wanted(messages.stream.connection):
+        is_lost = messages is None or self._is_superseded
+        if messages is None or is_lost or not self._is_wanted(messages.stream.connection):
             self._wake.set()
             return
-        while self._has_work():
-            message = self._next()
-            if message is None:
-                return
+        while (message := self._next()) is not None:
             if isinstance(message, Leave) or not messages.send_nowait(message):
                 self._refused = message
                 self._wake.set()

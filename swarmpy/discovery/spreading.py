@@ -42,15 +42,17 @@ GRAFT_S = 0.5
 STORM_MEMBERS = 5
 STORM_S = 5.0
 GRAFT_STORM_S = 5.0
-"""The same where so many records came within so long: pushes that wait for each other take longer,
-and whoever asks too early makes a cycle of the tree."""
+"""The same where there was news of so many members within so long: pushes that wait for each other
+take longer, and whoever asks too early makes a cycle of the tree."""
 
 TELL_URGENT_S = 0.25
 GRAFT_URGENT_S = 0.1
+"""The same for a suspicion and its refutation, which must get round within five seconds. A member
+that died breaks the tree, but into parts each of which has a neighbour that finds it dead."""
+
 TOLD_AT_ONCE = 2
-"""The same for a suspicion and its refutation, which must get round within five seconds: so many
-lazy neighbours are told, by chance, and the others with other news. A member that died breaks the
-tree, but into parts each of which has a neighbour that finds it dead."""
+"""Lazy neighbours that are told, by chance: each part of a broken tree has many, and one that hears
+of news is enough. Three cost a tenth more messages, and brought it no sooner."""
 
 EDGES_MIN = 2
 MEND_S = 10.0

@@ -24,7 +24,7 @@ from swarmpy.errors import (
     RemoteProtocolError,
 )
 from swarmpy.net.keepalive import Keepalive
-from swarmpy.net.pace import Pace
+from swarmpy.net.pace import Pace, RoundTrips
 from swarmpy.net.secured import JOINED_BYTES_MAX, RECEIVE_BYTES, Scratch, Secured
 from swarmpy.net.starting import Starts
 from swarmpy.net.stream import NativeStream
@@ -55,12 +55,6 @@ UNREAD_BYTES_MAX = config.INBOUND_STREAMS_MAX * config.STREAM_WINDOW_BYTES
 HANDLER_GRACE_S = 5.0
 """Handlers may tidy up this long after their connection is gone; then they are cancelled."""
 
-_RTTS_KEPT = 8
-"""Round trips of which the shortest counts for the windows: of about the last forty seconds."""
-
-_RTT_GAIN = 0.125
-"""Weight of a new round trip in the smoothed one (as in RFC 6298)."""
-
 _park = trio.lowlevel.wait_task_rescheduled
 ServeStream = Callable[[NativeStream], Awaitable[None]]
 
@@ -84,7 +78,7 @@ class NativeConnection(Connection):
         self.local_address: Address = byte_stream.local_address
         self.remote_address: Address = byte_stream.remote_address
         self.rtt_s = None
-        self._rtts_s: deque[float] = deque(maxlen=_RTTS_KEPT)
+        self._round_trips = RoundTrips()
         self.channel_binding = secured.channel_binding
         self.is_initiator = is_initiator
         self.on_closed: Callable[[NativeConnection], None] = _ignore
@@ -189,11 +183,8 @@ class NativeConnection(Connection):
         """Take a measured round trip."""
         if self.pace.is_near(rtt_s):
             self._byte_stream.limit_unsent(self.pace.unsent_bytes)
-        before_s = rtt_s if self.rtt_s is None else self.rtt_s
-        self.rtt_s = before_s + _RTT_GAIN * (rtt_s - before_s)
-        # What windows are for is the path itself, without what stood in the way of a ping.
-        self._rtts_s.append(rtt_s)
-        self._yamux.rtt_s = min(self._rtts_s)
+        self._round_trips.take(rtt_s)
+        self.rtt_s, self._yamux.rtt_s = self._round_trips.smoothed_s, self._round_trips.shortest_s
 
     async def run(self, serve: ServeStream) -> None:
         """Move bytes until the connection ends; `serve` is run for each inbound stream.

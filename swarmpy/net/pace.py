@@ -7,7 +7,9 @@ Spec: protocols/yamux.md, sending.
 
 from __future__ import annotations
 
-from swarmpy.proto.yamux import FRAME_DATA_BYTES_MAX
+from collections import deque
+
+from swarmpy.proto.yamux import FRAME_DATA_BYTES_MAX, NEAR_RTT_S
 
 TURN_S = 0.001
 """A turn is what drains in this time. Shorter ones would cost more wake-ups than they are worth, at
@@ -37,14 +39,39 @@ UNSENT_BYTES_MAX = 512 * 1024
 """The same on the fastest links, `UNSENT_S` of 2 Gbit/s. With 64 KiB the sender was woken ten times
 as often on loopback, and bulk cost 9 % more CPU."""
 
-NEAR_RTT_S = 0.002
-"""A peer this near is on the same machine or wire: taken for fast until measured."""
-
 MEASURE_S = 0.01
 """Shortest time a drain rate is measured over: some turns, whatever the kernel's grain."""
 
 _GAIN = 0.5
 """Weight of a new measurement."""
+
+ROUND_TRIPS_KEPT = 8
+"""Round trips of which the shortest counts for the windows: of about the last forty seconds."""
+
+_RTT_GAIN = 0.125
+"""Weight of a new round trip in the smoothed one (as in RFC 6298)."""
+
+
+class RoundTrips:
+    """The round trips of one connection, as its pings measure them.
+
+    Attributes:
+        smoothed_s: What users are told.
+        shortest_s: The path itself, without what stood in the way of a ping.
+    """
+
+    __slots__ = ("_last", "shortest_s", "smoothed_s")
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=ROUND_TRIPS_KEPT)
+        self.smoothed_s = self.shortest_s = 0.0
+
+    def take(self, rtt_s: float) -> None:
+        """Take a measured one; before the first nothing is known."""
+        before_s = self.smoothed_s if self._last else rtt_s
+        self.smoothed_s = before_s + _RTT_GAIN * (rtt_s - before_s)
+        self._last.append(rtt_s)
+        self.shortest_s = min(self._last)
 
 
 class Pace:
@@ -95,6 +122,7 @@ class Pace:
 
     def is_near(self, rtt_s: float) -> bool:
         """Take the first round trip as a hint; return whether the pace changed."""
+        # On the same machine or wire: taken for fast until measured.
         if self.bytes_per_s is not None or rtt_s > NEAR_RTT_S:
             return False
         return self._set(TURN_BYTES_MAX, UNSENT_BYTES_NEAR)

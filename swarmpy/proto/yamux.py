@@ -236,8 +236,7 @@ class Yamux:
         while offset < end:
             if self._data_left:
                 size = min(self._data_left, end - offset)
-                whole = size == end and not offset
-                self._take_data(data if whole else data[offset : offset + size], events)
+                self._take_data(data[offset : offset + size], events)
                 offset += size
                 continue
             if end - offset < HEADER_BYTES:
@@ -280,26 +279,16 @@ class Yamux:
         if plain or length != size:
             return 0
         stream = self._streams.get(stream_id)
-        if stream is None or not stream.is_remote_open or size > stream.granted:
+        if stream is None or not stream.is_remote_open:
             return 0
-        budget = self._budget
-        unread, all_unread = self._unread + size, budget.unread_bytes + size
-        if unread > self._unread_bytes_max or all_unread > budget.bytes_max:
+        if size > stream.granted or not self._has_room(size):
             return 0
-        if not stream.unread:
-            budget.serial += 1
-            stream.unread_since = budget.serial
         stream.granted -= size
-        stream.unread += size
-        self._unread, budget.unread_bytes = unread, all_unread
+        self._count_unread(stream, size)
         return stream_id
 
     def receive_more(self, size: int) -> int:
-        """Take `size` decrypted bytes if they all are of the data frame under way, and not its end.
-
-        Returns:
-            The stream's id, or 0 where nothing was taken, and `receive` must look closer.
-        """
+        """The same for `size` bytes in the middle of the data frame under way, without its end."""
         left = self._data_left - size
         if left < 0 or (self._data_ends and not left):
             return 0
@@ -500,12 +489,9 @@ class Yamux:
     def put_back(self, stream_id: int, size: int) -> None:
         """Say that `size` bytes were not read after all: their reader handed them on."""
         stream = self._streams.get(stream_id)
-        if stream is None:
-            return
-        stream.unread += size
-        self._unread += size
-        self._budget.unread_bytes += size
-        stream.credit -= size
+        if stream is not None:
+            self._count_unread(stream, size)
+            stream.credit -= size
 
     def shrink_idle(self, now_s: float) -> None:
         """Give back what windows grew by that have been of no use for `WINDOW_IDLE_S`.
@@ -604,8 +590,7 @@ class Yamux:
     def _forget(self, stream_id: int) -> None:
         stream = self._streams.pop(stream_id)
         self._take_growth_back(stream)
-        self._unread -= stream.unread
-        self._budget.unread_bytes -= stream.unread
+        self._count_unread(stream, -stream.unread)
 
 
 def _broken(message: str) -> RemoteProtocolError:

@@ -22,8 +22,8 @@ from swarmpy import config
 from swarmpy.abc import Gate, Priority, ProtocolId, Stream
 from swarmpy.errors import ConnectionLost, NetworkError, StreamReset
 from swarmpy.identity import PeerId
-from swarmpy.net.connection import _RTTS_KEPT as RTTS_KEPT
 from swarmpy.net.connection import NativeConnection
+from swarmpy.net.pace import ROUND_TRIPS_KEPT
 from swarmpy.net.table import ConnectionTable
 from swarmpy.proto import noise
 from swarmpy.testing import Link
@@ -114,12 +114,12 @@ async def test_the_shortest_of_the_last_round_trips_counts_for_the_windows(
     assert isinstance(connection, NativeConnection)
 
     counted = []
-    for rtt_s in (0.3, 0.02, *(0.2 + index / 100 for index in range(RTTS_KEPT))):
+    for rtt_s in (0.3, 0.02, *(0.2 + index / 100 for index in range(ROUND_TRIPS_KEPT))):
         connection.measured(rtt_s)
         counted.append(connection._yamux.rtt_s)
 
     # When it is none of the last any more, the shortest of those counts.
-    assert counted == [0.3, *[0.02] * RTTS_KEPT, 0.2]
+    assert counted == [0.3, *[0.02] * ROUND_TRIPS_KEPT, 0.2]
 
 
 # Priorities --------------------------------------------------------------------------------------
