@@ -159,8 +159,8 @@ class GgufHeader:
     metadata: Mapping[str, MetadataValue]
     tensors: Mapping[str, GgufTensor]
     encoded: Mapping[str, bytes] = field(default_factory=dict, repr=False)
-    """Each metadata value as the file has it, its type first: `metadata` does not tell uint32 from
-    int64, and has replaced what is no UTF-8."""
+    """Each metadata value as the file has it, its type first, but the tokenizer's, which are large
+    and are never written again: `metadata` does not tell uint32 from int64."""
 
     @property
     def architecture(self) -> str:
@@ -423,7 +423,9 @@ def _read_metadata(cursor: _Cursor) -> tuple[dict[str, MetadataValue], dict[str,
             raise ModelRefused(f"{cursor.name}: metadata {key!r:.80} is there twice")
         cursor.recent()
         metadata[key] = cursor.value(cursor.number(4))
-        encoded[key] = cursor.recent()
+        raw = cursor.recent()
+        if not key.startswith("tokenizer."):
+            encoded[key] = raw
     return metadata, encoded
 
 

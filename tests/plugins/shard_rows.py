@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from swarmpy.abc import Inspection, Output, Row, Shard, Want
+from swarmpy.pipeline.engine_host import HostedShard
 from swarmpy.proto.tensor import Hidden
 
 
@@ -50,3 +51,25 @@ def ring_rows(
     """Return what a stage is given of the token ids, and asked for: ids only where they matter."""
     ids = list(token_ids) if start == 0 or inspection.needs_token_ids(start, end) else None
     return ids, want if end == inspection.layer_count else Want.HIDDEN
+
+
+async def generate(
+    inspection: Inspection, shards: Sequence[HostedShard], prompt: Sequence[int], *, count: int
+) -> tuple[list[int], list[bytes]]:
+    """Answer greedily with `count` tokens and return them and the logits of every step."""
+    tokens: list[int] = []
+    logits: list[bytes] = []
+    ids, position = list(prompt), 0
+    for _ in range(count):
+        hidden = None
+        for shard in shards:
+            given, want = ring_rows(inspection, shard.start, shard.end, ids, want=Want.LAST_LOGITS)
+            asked = row(given, position, want=want, hidden=hidden, count=len(ids))
+            output = (await shard.step([asked])).outputs[0]
+            hidden = output.hidden
+        numbers = logits_of(output)
+        logits.append(numbers.tobytes())
+        tokens.append(int(numbers.argmax()))
+        position += len(ids)
+        ids = tokens[-1:]
+    return tokens, logits

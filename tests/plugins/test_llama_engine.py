@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import trio
 from gguf_models import Tensor, metadata_of, write_gguf, write_models
-from mlx_rows import logits_of, ring_rows, row
+from shard_rows import generate, logits_of, row
 from tokenizers import Tokenizer
 
-from swarmpy.abc import Inspection, Progress, Shard, StateKind, Want
+from swarmpy.abc import Progress, Shard, StateKind, Want
 from swarmpy.config import EngineConfig
 from swarmpy.errors import (
     ConfigError,
@@ -258,28 +258,6 @@ async def load_in_child(host: EngineHost, path: Path, start: int, end: int) -> H
     return await host.load(path, start=start, end=end, slots=2, context=128, exact=True)
 
 
-async def generate(
-    inspection: Inspection, shards: Sequence[HostedShard], prompt: Sequence[int]
-) -> tuple[list[int], list[bytes]]:
-    """Answer greedily with 12 tokens and return them and the logits of every step."""
-    tokens: list[int] = []
-    logits: list[bytes] = []
-    ids, position = list(prompt), 0
-    for _ in range(12):
-        hidden = None
-        for shard in shards:
-            given, want = ring_rows(inspection, shard.start, shard.end, ids, want=Want.LAST_LOGITS)
-            asked = row(given, position, want=want, hidden=hidden, count=len(ids))
-            output = (await shard.step([asked])).outputs[0]
-            hidden = output.hidden
-        numbers = logits_of(output)
-        logits.append(numbers.tobytes())
-        tokens.append(int(numbers.argmax()))
-        position += len(ids)
-        ids = tokens[-1:]
-    return tokens, logits
-
-
 @pytest.mark.model
 @pytest.mark.skipif(sys.platform == "win32", reason="engine children need POSIX")
 async def test_three_children_answer_with_the_wholes_tokens(
@@ -296,13 +274,13 @@ async def test_three_children_answer_with_the_wholes_tokens(
             await load_in_child(host, default_gguf, start, end)
             for start, end in pairwise([0, 10, 20, 30])
         ]
-        split_reply = await generate(inspection, split, prompt)
+        split_reply = await generate(inspection, split, prompt, count=12)
         state = await split[1].export_state(0, 0, len(prompt))
         await split[1].import_state(1, 0, len(prompt), state)
         whole = await host.load(
             default_gguf, start=0, end=30, slots=2, context=128, exact=True, progress=told.append
         )
-        whole_reply = await generate(inspection, [whole], prompt)
+        whole_reply = await generate(inspection, [whole], prompt, count=12)
 
     assert split_reply == whole_reply
     assert "Paris" in tokenizer.decode(whole_reply[0])

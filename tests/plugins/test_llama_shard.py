@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mlx_rows import logits_of, row
+from shard_rows import logits_of, row
 
 from swarmpy.abc import Output, Row, Shard, Want
 from swarmpy.config import PREFILL_CHUNK

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import trio
-from mlx_rows import logits_of, ring_rows, row
+from shard_rows import generate, row
 from tiny_models import LAYERS, save_model
 from tokenizers import Tokenizer
 
@@ -43,29 +43,6 @@ async def load(
     return await host.load(path, start=start, end=end, slots=2, context=context, exact=True)
 
 
-async def generate(
-    host: EngineHost, path: Path, shards: Sequence[HostedShard], prompt: Sequence[int]
-) -> tuple[list[int], list[bytes]]:
-    """Answer greedily with 20 tokens and return them and the logits of every step."""
-    inspection = await host.inspect(path)
-    tokens: list[int] = []
-    logits: list[bytes] = []
-    ids, position = list(prompt), 0
-    for _ in range(20):
-        hidden = None
-        for shard in shards:
-            given, want = ring_rows(inspection, shard.start, shard.end, ids, want=Want.LAST_LOGITS)
-            asked = row(given, position, want=want, hidden=hidden, count=len(ids))
-            output = (await shard.step([asked])).outputs[0]
-            hidden = output.hidden
-        numbers = logits_of(output)
-        logits.append(numbers.tobytes())
-        tokens.append(int(numbers.argmax()))
-        position += len(ids)
-        ids = tokens[-1:]
-    return tokens, logits
-
-
 @pytest.mark.model
 async def test_three_stages_answer_with_the_wholes_tokens(
     default_gguf: Path, tmp_path: Path
@@ -76,15 +53,16 @@ async def test_three_stages_answer_with_the_wholes_tokens(
     question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokenizer.encode(question, add_special_tokens=False).ids
     async with running_host(tmp_path) as host:
+        inspection = await host.inspect(default_gguf)
         split = [
             await load(host, default_gguf, start, end)
             for start, end in itertools.pairwise([0, 10, 20, LAYER_COUNT])
         ]
-        split_tokens, split_logits = await generate(host, default_gguf, split, prompt)
+        split_tokens, split_logits = await generate(inspection, split, prompt, count=20)
         for shard in split:
             await shard.close()
         whole = [await load(host, default_gguf, 0, LAYER_COUNT)]
-        whole_tokens, whole_logits = await generate(host, default_gguf, whole, prompt)
+        whole_tokens, whole_logits = await generate(inspection, whole, prompt, count=20)
 
     assert split_tokens == whole_tokens
     assert split_logits == whole_logits

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
-from mlx_rows import run
+from shard_rows import run
 from tiny_models import LAYERS, save_model
 
 from swarmpy.abc import Shard

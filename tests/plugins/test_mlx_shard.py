@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_rows import logits_of, row, run
+from shard_rows import logits_of, row, run
 from tiny_models import LAYERS, save_model
 
 from swarmpy.abc import Inspection, Row, Shard, Want

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from mlx_rows import ring_rows, row
+from shard_rows import ring_rows, row
 from tiny_models import CONFIGS, LAYERS, VOCABULARY, save_model
 
 from swarmpy.abc import Inspection, Want

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,14 +15,12 @@ from hub_models import (
     WEIGHTS,
     asked_files,
     catalog_of,
-    gguf_file,
     ignore,
     layer_tensors,
     safetensors_file,
     source_of,
-    tiny_hub,
 )
-from hub_server import COMMIT, FakeHub, serving
+from hub_server import COMMIT, FakeHub
 
 from swarmpy.abc import Progress
 from swarmpy.errors import ModelNotFound
@@ -37,26 +35,6 @@ from swarmpy.shards.sources import FolderSource
 from swarmpy_cli.main import main
 
 pytest.importorskip("huggingface_hub", reason="needs the extra 'hub'")
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with one model as a folder."""
-    with serving(tiny_hub(tmp_path, monkeypatch)) as hub:
-        yield hub
-
-
-@pytest.fixture
-def gguf_hub(hub: FakeHub) -> FakeHub:
-    """The hub with the model as a GGUF instead."""
-    hub.files = {"tiny-F32.gguf": gguf_file(), "README.md": b"# Tiny"}
-    hub.lfs = frozenset({"tiny-F32.gguf"})
-    return hub
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
 
 
 # Names ----------------------------------------------------------------------------------------

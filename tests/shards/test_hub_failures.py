@@ -10,7 +10,6 @@ import socket
 import struct
 import sys
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,6 @@ from hub_models import (
     gguf_file,
     ignore,
     source_of,
-    tiny_hub,
 )
 from hub_server import COMMIT, FakeHub, serving
 from shard_files import gguf_bytes, safetensors_bytes
@@ -36,26 +34,6 @@ from swarmpy.shards.hub import HubSource
 from swarmpy.shards.partial import PartialFolder, read_holding
 
 pytest.importorskip("huggingface_hub", reason="needs the extra 'hub'")
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with one model as a folder."""
-    with serving(tiny_hub(tmp_path, monkeypatch)) as hub:
-        yield hub
-
-
-@pytest.fixture
-def gguf_hub(hub: FakeHub) -> FakeHub:
-    """The hub with the model as a GGUF instead."""
-    hub.files = {"tiny-F32.gguf": gguf_file(), "README.md": b"# Tiny"}
-    hub.lfs = frozenset({"tiny-F32.gguf"})
-    return hub
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
 
 
 # Interruptions --------------------------------------------------------------------------------
