@@ -170,6 +170,8 @@ class ModelsConfig:
 
     default: str = ""
     """Model of a request that names none; empty: what the swarm serves, else the largest here."""
+    fetch: bool = True
+    """Whether this node fetches layers it is to load of models that it has in part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

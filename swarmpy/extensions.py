@@ -11,12 +11,8 @@ ENGINE_GROUP = "swarmpy.engines"
 
 
 def engine_names() -> list[str]:
-    """Names of the installed engines, the one to take where none is named first; none is imported.
-
-    That is MLX, which also runs folders of safetensors; the others follow in alphabetical order.
-    """
-    names = {point.name for point in entry_points(group=ENGINE_GROUP)}
-    return sorted(names, key=lambda name: (name != "mlx", name))
+    """Names of the installed engines in alphabetical order; none is imported."""
+    return sorted({point.name for point in entry_points(group=ENGINE_GROUP)})
 
 
 def engine_class(name: str) -> type[Engine]:

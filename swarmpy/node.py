@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import trio
 
-from swarmpy import node_members, node_status
+from swarmpy import node_members, node_offers, node_status
 from swarmpy.abc import Address, DiscoverySource, Host, Progress
 from swarmpy.config import INVITE_TTL_S, Config
 from swarmpy.discovery.cache import PeerCache
@@ -25,23 +25,19 @@ from swarmpy.environment import Environment, available_memory_bytes
 from swarmpy.errors import (
     ConfigError,
     EngineLost,
-    ExtensionNotFound,
     ModelNotFound,
     NoPipeline,
     StageLost,
 )
-from swarmpy.extensions import engine_names
 from swarmpy.identity import Identity, PeerId
 from swarmpy.net.host import NativeHost
 from swarmpy.net.tcp import TcpNetwork
 from swarmpy.node_status import AGENT
 from swarmpy.pipeline.assembler import Assembler
 from swarmpy.pipeline.coordinator import Pipeline
-from swarmpy.pipeline.engine_host import EngineHost
-from swarmpy.pipeline.planner import Capacity
+from swarmpy.pipeline.engines import Engines
 from swarmpy.pipeline.session import Generation, generate
 from swarmpy.pipeline.stage import StageService
-from swarmpy.proto.announce import AnnouncedModel, AnnouncedShard, Announcement
 from swarmpy.proto.pipeline import Sampling
 from swarmpy.shards.catalog import Catalog
 from swarmpy.status import (
@@ -54,7 +50,7 @@ from swarmpy.status import (
     PipelineView,
     Revoked,
 )
-from swarmpy.store import write_file
+from swarmpy.store import read_json, write_file
 from swarmpy.trust.membership import Membership
 
 logger = logging.getLogger(__name__)
@@ -62,14 +58,8 @@ logger = logging.getLogger(__name__)
 MEMORY_SHARE = 0.75
 """Part of the available memory a node offers where no budget is set: the rest stays its owner's."""
 
-CAPACITIES_MAX = 64
-"""Members looked at for one plan: the connected ones first, then those with the most memory."""
-
 PORTS_FILE = "ports.json"
 """Ports of the last run: a restarted node is found at once where it was."""
-
-SPEED_FILE = "speed.json"
-"""Speed of the engine in the last run, by engine: a first plan need not guess."""
 
 
 def ignore_progress(_: Progress) -> None:
@@ -114,23 +104,24 @@ class Node:
             host=self.host,
         )
         self.catalog = Catalog(environment.cache_folder)
-        self.engine = _make_engine(config, environment.cache_folder)
+        self.engines = Engines.find(config.engine, cache_folder=environment.cache_folder)
         memory_bytes = config.engine.memory_bytes_max or int(
             available_memory_bytes() * MEMORY_SHARE
         )
         self.stages = StageService(
             self.host,
-            self.engine,
-            memory_bytes_max=memory_bytes if self.engine else 0,
+            self.engines,
+            memory_bytes_max=memory_bytes if self.engines else 0,
             find_model=self._model_path,
-            verify_model=self._verified_path,
+            obtain_files=self._obtain_files,
+            missing_bytes=self._missing_bytes,
             connect=lambda peer: self.discovery.connect(peer),
-            on_change=self._announce_holdings,
+            on_change=partial(node_offers.announce_holdings, self),
         )
         self.assembler = Assembler(
             self.stages,
             config=config.engine,
-            capacities=self._capacities,
+            capacities=partial(node_offers.capacities, self),
             random=environment.random,
             model_name=self.model_name,
         )
@@ -145,7 +136,7 @@ class Node:
             sources=self._sources(),
             cache=self._cache,
         )
-        self._speed_before_bytes_s = self._read_speed()
+        self.speeds_before_bytes_s = node_offers.read_speeds(folder)
         self._started_s = 0.0
         self._stopping = trio.Event()
         self._replies: set[Generation] = set()
@@ -190,7 +181,7 @@ class Node:
                 raise caught[0] from caught[0].__cause__
             raise
         finally:
-            node._keep_speed()
+            node_offers.keep_speeds(node)
             node.host.close()
             node.membership.close()
             node._cache.close()
@@ -202,25 +193,25 @@ class Node:
         self.discovery.on_announcement(self._tell_members_changed)
         await nursery.start(self.host.run)
         await self._listen()
-        if self.engine is not None:
-            await nursery.start(self.engine.run)
+        await nursery.start(self.engines.run)
         await nursery.start(self.stages.run)
         await nursery.start(self.assembler.run)
         self.discovery.announce(
             agent=AGENT,
             boot_id=self.environment.random.randbytes(8).hex(),
             machine_id=_machine_id(self.environment),
-            engine=self.engine_name,
+            engine=self.engine_names[:64],
         )
-        self._announce_models()
-        self._announce_holdings()
+        node_offers.announce_models(self)
+        node_offers.announce_holdings(self)
         await nursery.start(self.membership.run)
         await nursery.start(self.discovery.run)
+        self.stages.spawn(partial(node_offers.choose_engines, self))
 
     async def _listen(self) -> None:
         """Listen where the settings say; port 0 is the port of the last run, while it is free."""
         path = self.environment.folder / PORTS_FILE
-        ports = _read_json(path)
+        ports = read_json(path)
         bound: dict[str, str] = {}
         for wanted in self.config.network.listen:
             bound[wanted] = await self._listen_at(wanted, ports.get(wanted))
@@ -402,15 +393,29 @@ class Node:
     # Models ----------------------------------------------------------------------
 
     async def pull(
-        self, model: str, *, on_progress: Callable[[Progress], None] = ignore_progress
+        self,
+        model: str,
+        *,
+        layers: tuple[int, int] | None = None,
+        on_progress: Callable[[Progress], None] = ignore_progress,
     ) -> ModelStatus:
         """Fetch a model's files, or check those that are here, and offer it from now on.
+
+        Args:
+            layers: Only the headers and the files of layers [start, end), of a hub's model.
 
         Raises:
             ModelNotFound, DownloadFailed, ModelRefused: As they say.
         """
-        entry = await self.catalog.pull(model, on_progress)
-        self._announce_models()
+        if layers is None:
+            entry = await self.catalog.pull(model, on_progress)
+        else:
+            start, end = layers
+            entry = await self.catalog.pull_layers(
+                model, start=start, end=end, progress=on_progress
+            )
+        node_offers.announce_models(self)
+        self.stages.spawn(partial(node_offers.choose_engines, self))
         return node_status.model_status(entry)
 
     def models(self) -> list[ModelStatus]:
@@ -421,12 +426,24 @@ class Node:
         entry = self.catalog.by_id(model_id)
         return entry.path if entry else None
 
-    async def _verified_path(self, model_id: str) -> Path:
-        """Check a model's files before they are loaded, and repair what can be fetched again."""
+    async def _obtain_files(
+        self, model_id: str, start: int, end: int, on_progress: Callable[[Progress], None]
+    ) -> Path:
+        """Check the files of layers before they are loaded; fetch what is not there or damaged."""
         entry = self.catalog.by_id(model_id)
         if entry is None:
             raise ModelNotFound(f"this node does not have model {model_id}")
-        return (await self.catalog.verify(entry)).path
+        if node_offers.fetches(self, entry):
+            entry = await self.catalog.obtain(entry, start=start, end=end, progress=on_progress)
+            node_offers.announce_models(self)
+        else:
+            entry = await self.catalog.verify(entry, on_progress)
+            entry.check_layers(start, end)
+        return entry.path
+
+    def _missing_bytes(self, model_id: str, start: int, end: int) -> int:
+        entry = self.catalog.by_id(model_id)
+        return self.catalog.missing_bytes(entry, start=start, end=end) if entry else 0
 
     # Status ----------------------------------------------------------------------
 
@@ -458,121 +475,9 @@ class Node:
         return self._stopping.is_set()
 
     @property
-    def engine_name(self) -> str:
-        """The engine's name, "" on a node that only routes."""
-        return self.engine.engine_name if self.engine else ""
-
-    # What the services ask each other -----------------------------------------------
-
-    def _capacities(self, model_id: str) -> list[Capacity]:
-        """What each member that may take part offers for a model, this node included."""
-        capacities = [self._own_capacity(model_id)] if self.engine else []
-        offering = [item for item in self.discovery.reachable() if item.engine]
-        if len(offering) > CAPACITIES_MAX:
-            members = set(self.membership.members())
-            offering.sort(key=lambda it: (it.peer not in members, -it.memory_bytes_max))
-        capacities += [self._capacity(item, model_id) for item in offering[:CAPACITIES_MAX]]
-        return capacities
-
-    def _own_capacity(self, model_id: str) -> Capacity:
-        return Capacity(
-            peer=self.peer_id,
-            name=self.name,
-            memory_bytes=self.stages.memory_bytes_max,
-            speed_bytes_s=self._speed(),
-            rtt_s={
-                connection.peer: connection.rtt_s
-                for connection in self.host.connections
-                if connection.rtt_s is not None
-            },
-            holds_model=self._model_path(model_id) is not None,
-            engine=self.engine_name,
-            shards=tuple(
-                (shard.start, shard.end)
-                for shard in self.stages.shards
-                if shard.model_id == model_id
-            ),
-        )
-
-    def _capacity(self, announcement: Announcement, model_id: str) -> Capacity:
-        return Capacity(
-            peer=PeerId(announcement.peer),
-            name=announcement.name,
-            memory_bytes=announcement.memory_bytes_max,
-            speed_bytes_s=announcement.speed_bytes_s,
-            holds_model=any(model.model_id == model_id for model in announcement.models),
-            engine=announcement.engine,
-            shards=tuple(
-                (shard.start, shard.end)
-                for shard in announcement.shards
-                if shard.model_id == model_id
-            ),
-        )
-
-    def _announce_models(self) -> None:
-        models = self.catalog.list() if self.engine else []
-        self.discovery.announce(
-            models=tuple(
-                AnnouncedModel(
-                    model_id=entry.model_id,
-                    name=entry.name,
-                    display_name=entry.display_name[:64],
-                    size_bytes=entry.size_bytes,
-                    layer_count=entry.layer_count,
-                )
-                for entry in models[:16]
-            )
-        )
-
-    def _announce_holdings(self) -> None:
-        self.discovery.announce(
-            memory_bytes_max=self.stages.memory_bytes_max,
-            memory_bytes_free=self.stages.memory_bytes_free,
-            speed_bytes_s=self._speed(),
-            shards=tuple(
-                AnnouncedShard(model_id=shard.model_id, start=shard.start, end=shard.end)
-                for shard in self.stages.shards[:16]
-            ),
-        )
-
-    def _speed(self) -> float:
-        """Weight bytes a second in decode: of this run's steps, else of the last run's."""
-        return self.stages.speed_bytes_s or self._speed_before_bytes_s
-
-    def _read_speed(self) -> float:
-        """The speed this node measured in its last run with this engine, 0 without one."""
-        speed = _read_json(self.environment.folder / SPEED_FILE).get(self.engine_name, 0.0)
-        return float(speed) if isinstance(speed, (int, float)) else 0.0
-
-    def _keep_speed(self) -> None:
-        if self.engine is not None and self.stages.speed_bytes_s:
-            speeds = {self.engine_name: self.stages.speed_bytes_s}
-            try:
-                write_file(self.environment.folder / SPEED_FILE, json.dumps(speeds).encode())
-            except ConfigError as error:
-                # A full disk: the next run measures anew.
-                logger.warning("speed.not_kept", extra={"error": str(error)})
-
-
-def _make_engine(config: Config, cache_folder: Path) -> EngineHost | None:
-    """The configured engine, else the first that is installed; None on a node that only routes."""
-    if config.engine.name:
-        return EngineHost(config.engine.name, config=config.engine, cache_folder=cache_folder)
-    for name in engine_names():
-        try:
-            return EngineHost(name, config=config.engine, cache_folder=cache_folder)
-        except ExtensionNotFound as error:
-            logger.info("engine.not_installed", extra={"engine": name, "error": str(error)})
-    return None
-
-
-def _read_json(path: Path) -> Mapping[str, object]:
-    """Return what a small file of ours holds; one that is missing or damaged holds nothing."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+    def engine_names(self) -> str:
+        """The engines' names as people read them, "" on a node that only routes."""
+        return ", ".join(self.engines.names)
 
 
 def local_environment(folder: Path, *, cache_folder: Path | None = None) -> Environment:

@@ -6,8 +6,11 @@ from collections.abc import Collection
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from swarmpy.abc import Inspection
 from swarmpy.discovery.service import PeerView
 from swarmpy.identity import PeerId
+from swarmpy.pipeline.engines import Choice
+from swarmpy.pipeline.fit import fit
 from swarmpy.proto.invite import words_of
 from swarmpy.shards.catalog import ModelEntry
 from swarmpy.status import ModelStatus, NetworkStatus, NodeStatus, PeerStatus
@@ -18,13 +21,19 @@ if TYPE_CHECKING:
 VERSION = version("swarmpy")
 AGENT = f"swarmpy/{VERSION}"
 
+CONTEXTS_SHOWN = (2048, 8192, 32768)
+"""Tokens for which the memory that a model takes is told, besides the longest it can."""
+
 
 def model_statuses(node: Node) -> list[ModelStatus]:
     """Return the models that this machine has or that members announce, by name."""
     ready = {view.model_id for view in node.pipelines()}
     found = {
         entry.model_id: model_status(
-            entry, is_ready=entry.model_id in ready, peers=_holders(node, entry.model_id)
+            entry,
+            is_ready=entry.model_id in ready,
+            peers=_holders(node, entry.model_id),
+            choice=node.stages.chosen(entry.model_id),
         )
         for entry in node.catalog.list()
     }
@@ -45,7 +54,11 @@ def model_statuses(node: Node) -> list[ModelStatus]:
 
 
 def model_status(
-    entry: ModelEntry, *, is_ready: bool = False, peers: tuple[str, ...] = ()
+    entry: ModelEntry,
+    *,
+    is_ready: bool = False,
+    peers: tuple[str, ...] = (),
+    choice: Choice | None = None,
 ) -> ModelStatus:
     """Return what there is to say of a model on this machine."""
     return ModelStatus(
@@ -64,7 +77,21 @@ def model_status(
         quantization=entry.quantization,
         context_max=entry.context_max,
         parameter_count=entry.parameter_count,
+        layers=entry.layers,
+        held_bytes=entry.held_bytes,
+        engine=choice.inspection.engine if choice else "",
+        engine_why=choice.why if choice else "",
+        memory_bytes=_memory_by_context(choice.inspection) if choice else {},
     )
+
+
+def _memory_by_context(inspection: Inspection) -> dict[int, int]:
+    longest = inspection.context_max
+    contexts = sorted({*(size for size in CONTEXTS_SHOWN if size < longest), longest})
+    return {
+        size: fit(inspection, 0, inspection.layer_count, slots=1, context=size).sum_bytes
+        for size in contexts
+    }
 
 
 def _holders(node: Node, model_id: str) -> tuple[str, ...]:
@@ -90,7 +117,7 @@ def status_of(node: Node) -> NodeStatus:
         version=VERSION,
         addresses=tuple(node.host.addresses),
         networks=tuple(_network_statuses(node)),
-        engine=node.engine_name,
+        engine=node.engine_names,
         memory_bytes_max=node.stages.memory_bytes_max,
         memory_bytes_free=node.stages.memory_bytes_free,
         peers_connected=len(node.membership.members()),
@@ -137,7 +164,7 @@ def _own_status(node: Node) -> PeerStatus:
         path="",
         rtt_ms=0.0,
         networks=tuple(network.name for network in node.membership.networks()),
-        engine=node.engine_name,
+        engine=node.engine_names,
         memory_bytes_max=node.stages.memory_bytes_max,
         memory_bytes_free=node.stages.memory_bytes_free,
         models=tuple(entry.name for entry in node.catalog.list()),

@@ -26,6 +26,8 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     """Whether it is sent token ids of the prompt."""
     path: str = "direct"
     """How the coordinator reaches it: local, direct or relayed."""
+    fetch_bytes: int = 0
+    """Of the model's files, that the stage had to fetch before it loaded."""
 
 
 class PipelineView(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +87,15 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str = ""
     context_max: int = 0
     parameter_count: int = 0
+    layers: tuple[tuple[int, int], ...] | None = None
+    """Ranges [start, end) of layers whose files are here; None: all of them are, or it is not."""
+    held_bytes: int = 0
+    """Of the files, where only some layers are here."""
+    engine: str = ""
+    """The engine that runs it here; "" before that is known."""
+    engine_why: str = ""
+    memory_bytes: dict[int, int] = {}
+    """By tokens of context: what the whole model takes with one session, by the fit check."""
 
 
 class NetworkStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def transaction(database: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
         database.execute("COMMIT")
     except sqlite3.Error as error:
         raise ConfigError(f"the database cannot be written: {error}") from error
+
+
+def read_json(path: Path) -> Mapping[str, object]:
+    """Return what a small file of ours holds; one that is missing or damaged holds nothing."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:

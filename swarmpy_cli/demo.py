@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from swarmpy.config import EngineConfig
-from swarmpy.errors import ExtensionNotFound, PeerTimeout, SwarmError
+from swarmpy.errors import PeerTimeout, SwarmError
 from swarmpy.status import InviteCreated, Joined, PeerStatus, PipelineView
 from swarmpy_cli.client import connect_endpoint
 from swarmpy_cli.console import Step, Steps, print_reply, show_bytes, show_seconds
 from swarmpy_cli.context import Settings, json_option, print_json
 from swarmpy_cli.demo_nodes import DemoNode, DemoNodes, demo_nodes
+from swarmpy_cli.inspecting import choose_engine
 from swarmpy_cli.replies import Question, Reply, stream_reply
 from swarmpy_cli.run import program, run_async
 from swarmpy_cli.status import print_pipeline
 
 if TYPE_CHECKING:
-    from swarmpy.abc import Inspection, Progress
+    from swarmpy.abc import Progress
+    from swarmpy.shards.catalog import ModelEntry
 
 PROMPT = "Explain why birds fly in swarms."
 
@@ -51,6 +52,7 @@ class Plan:
     """What the demo found out about the model before it started a node."""
 
     model: str
+    engine: str
     whole_weight_bytes: int
     """As computed in."""
     whole_budget: int
@@ -99,10 +101,9 @@ def demo(
         count=count,
         prompt=prompt,
         max_tokens=max_tokens,
-        engine=engine or _engine_name(settings),
         is_json=is_json,
     )
-    plan = story.look_at(model)
+    plan = story.look_at(model, engine)
     # The folder's name is short: a Unix socket's path has a bound of about 100 bytes.
     with (
         tempfile.TemporaryDirectory(prefix="swarmpy-", ignore_cleanup_errors=True) as folder,
@@ -140,19 +141,20 @@ class _Story:
     count: int
     prompt: str
     max_tokens: int
-    engine: str
     is_json: bool
 
-    def look_at(self, model: str | None) -> Plan:
-        """Fetch and inspect the model, and find the budget that splits it."""
+    def look_at(self, model: str | None, engine: str | None) -> Plan:
+        """Fetch the model, choose its engine, and find the budget that splits it."""
         from swarmpy.pipeline.engine_threads import core_count
         from swarmpy_cli.budget import split_budget, whole_budget
 
         with self.steps.step("model") as step:
-            name, size, inspection = run_async(
-                partial(_fetch, self.settings, self.engine, model, step)
-            )
-            step.title = f"model {name}, {show_bytes(size)}"
+            entry = run_async(partial(_fetch, self.settings, model, step))
+            step.title = f"model {entry.name}, {show_bytes(entry.size_bytes)}"
+        with self.steps.step("engine") as step:
+            choice = choose_engine(self.settings, entry.path, engine=engine)
+            step.title = f"engine {choice.inspection.engine}: {choice.why}"
+        inspection = choice.inspection
         whole = inspection.weight_bytes(0, inspection.layer_count)
         budget = split_budget(inspection, self.count, slots=SLOTS, context=CONTEXT)
         fit_all = whole_budget(inspection, slots=SLOTS, context=CONTEXT)
@@ -161,7 +163,8 @@ class _Story:
             f"each of {self.count} nodes may use {show_bytes(budget)} in all"
         )
         return Plan(
-            model=name,
+            model=entry.name,
+            engine=choice.host.engine_name,
             split_budget=budget,
             whole_budget=fit_all,
             whole_weight_bytes=whole,
@@ -303,33 +306,20 @@ class _Story:
             "engine.context": CONTEXT,
             "engine.exact": "true",
         }
-        flags = ["--memory", str(budget), "--engine", self.engine]
+        flags = ["--memory", str(budget), "--engine", plan.engine]
         for name, value in settings.items():
             flags += ["--set", f"{name}={value}"]
         return flags
 
 
-async def _fetch(
-    settings: Settings, engine: str, model: str | None, step: Step
-) -> tuple[str, int, Inspection]:
-    """Fetch a model and inspect it in a short-lived engine; return its name, size and layers."""
-    import trio
-
-    from swarmpy.pipeline.engine_host import EngineHost
+async def _fetch(settings: Settings, model: str | None, step: Step) -> ModelEntry:
     from swarmpy.shards.catalog import Catalog
     from swarmpy.shards.sources import DEFAULT_MODEL
 
     def show(progress: Progress) -> None:
         step.progress(progress.step, progress.done, progress.total, progress.unit)
 
-    entry = await Catalog(settings.cache_folder).pull(model or DEFAULT_MODEL, show)
-    step.progress("inspecting")
-    host = EngineHost(engine, config=EngineConfig(), cache_folder=settings.cache_folder)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(host.run)
-        inspection = await host.inspect(entry.path)
-        nursery.cancel_scope.cancel()
-    return entry.name, entry.size_bytes, inspection
+    return await Catalog(settings.cache_folder).pull(model or DEFAULT_MODEL, show)
 
 
 def _wait_met(nodes: DemoNodes, started: Sequence[DemoNode], step: Step) -> None:
@@ -362,20 +352,6 @@ def _watch(nodes: DemoNodes) -> None:
     while True:
         nodes.check()
         pause.wait(1.0)
-
-
-def _engine_name(settings: Settings) -> str:
-    """Return the configured engine, else the installed one.
-
-    Raises:
-        ExtensionNotFound: None is installed.
-    """
-    from swarmpy.extensions import engine_names
-
-    name = settings.config().engine.name or next(iter(engine_names()), "")
-    if not name:
-        raise ExtensionNotFound("the demo computes, and no engine is installed")
-    return name
 
 
 def _listed(names: Sequence[str]) -> str:

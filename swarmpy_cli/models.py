@@ -1,7 +1,4 @@
-"""`swarmpy models`: list, pull and show; and which model is meant when none is named.
-
-What is here in part is read from the cache folder by the command itself: no node knows of it.
-"""
+"""`swarmpy models`: list, pull and show; and which model is meant when none is named."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from swarmpy.errors import ModelNotFound
+from swarmpy.errors import ModelNotFound, SwarmError
 from swarmpy.status import ModelStatus, PeerStatus
 from swarmpy_cli.client import NodeClient, NoNodeRunning, ProgressShown, connect
 from swarmpy_cli.console import Steps, print_table, show_bytes
@@ -23,7 +20,6 @@ from swarmpy_cli.context import Settings, json_option, print_json
 
 if TYPE_CHECKING:
     from swarmpy.abc import Progress
-    from swarmpy.shards.partial import PartialModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,13 +106,18 @@ def known_models(settings: Settings) -> list[ModelStatus]:
         return [model_status(entry) for entry in Catalog(settings.cache_folder).list()]
 
 
-def pull_model(settings: Settings, model: str, progress: ProgressShown) -> ModelStatus:
-    """Fetch a model through the node that runs, which then offers it; else by ourselves."""
+def pull_model(
+    settings: Settings, model: str, layers: tuple[int, int] | None, progress: ProgressShown
+) -> ModelStatus:
+    """Fetch a model through the node that runs, which then offers it; else by ourselves.
+
+    Args:
+        layers: Only layers [start, end), of a hub's model; None: the whole.
+    """
     try:
         with connect(settings.folder) as node:
-            return node.post_with_progress(
-                "/admin/models/pull", {"model": model}, ModelStatus, progress
-            )
+            body = {"model": model, "layers": layers}
+            return node.post_with_progress("/admin/models/pull", body, ModelStatus, progress)
     except NoNodeRunning:
         import trio
 
@@ -127,50 +128,25 @@ def pull_model(settings: Settings, model: str, progress: ProgressShown) -> Model
             progress(done.step, done.done, done.total, done.unit)
 
         catalog = Catalog(settings.cache_folder)
-        return model_status(trio.run(catalog.pull, model, report))
-
-
-def partial_models(settings: Settings) -> Sequence[PartialModel]:
-    """Return the models of which only some layers are on this machine."""
-    from swarmpy.shards.catalog import Catalog
-
-    return Catalog(settings.cache_folder).partials()
-
-
-def pull_layers(
-    settings: Settings, model: str, layers: tuple[int, int], progress: ProgressShown
-) -> ModelStatus | PartialModel:
-    """Fetch layers `[start, end)` by ourselves, also while a node runs: it would not offer them.
-
-    Once no layer is missing the model is whole, and listed; a node that runs then sees it.
-    """
-    import trio
-
-    from swarmpy.node_status import model_status
-    from swarmpy.shards.catalog import Catalog
-    from swarmpy.shards.partial import PartialModel
-
-    def report(done: Progress) -> None:
-        progress(done.step, done.done, done.total, done.unit)
-
-    start, end = layers
-    work = partial(
-        Catalog(settings.cache_folder).pull_layers, model, start=start, end=end, progress=report
-    )
-    held = trio.run(work)
-    return held if isinstance(held, PartialModel) else model_status(held)
+        if layers is None:
+            return model_status(trio.run(catalog.pull, model, report))
+        start, end = layers
+        work = partial(catalog.pull_layers, model, start=start, end=end, progress=report)
+        return model_status(trio.run(work))
 
 
 def parse_layers(
     context: click.Context, option: click.Parameter, text: str | None
 ) -> tuple[int, int] | None:
-    """Return layers as people count them, "0-9" or "9", as a range `[start, end)`.
+    """Return layers as people count them, "0-9", "9" or "none", as a range `[start, end)`.
 
     Raises:
         BadParameter: The text is of another form, or ends before it begins.
     """
     if text is None:
         return None
+    if text == "none":
+        return 0, 0
     found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", text)
     if found is None:
         raise click.BadParameter(f"{text!r} is not of the form 0-9")
@@ -190,11 +166,11 @@ def models() -> None:
 @click.pass_obj
 def list_models(settings: Settings, /, is_json: bool) -> None:
     """List the models this machine has or a connected member announces."""
-    known, held = known_models(settings), partial_models(settings)
+    known = known_models(settings)
     if is_json:
-        print_json({"models": list(map(_shown, known)), "partial": list(map(_shown, held))})
+        print_json({"models": list(map(_shown, known))})
         return
-    if not known and not held:
+    if not known:
         click.echo("no models yet: `swarmpy models pull MODEL` fetches one")
         return
     print_table(
@@ -204,22 +180,11 @@ def list_models(settings: Settings, /, is_json: bool) -> None:
                 model.name,
                 show_bytes(model.size_bytes),
                 str(model.layer_count),
-                "yes" if model.is_local else "no",
+                _here(model),
                 ", ".join(model.peers),
                 "ready" if model.is_ready else "",
             )
             for model in known
-        ]
-        + [
-            (
-                item.name,
-                show_bytes(item.size_bytes),
-                str(item.layer_count),
-                f"in part ({show_bytes(item.held_bytes)})",
-                "",
-                item.layers_shown,
-            )
-            for item in held
         ],
     )
 
@@ -230,7 +195,8 @@ def list_models(settings: Settings, /, is_json: bool) -> None:
     "--layers",
     callback=parse_layers,
     metavar="FIRST-LAST",
-    help="Only these layers, of a model of the Hub; counted from 0, the last one included.",
+    help="Only these layers, of a model of the Hub; counted from 0, the last one included. With "
+    "'none' only the headers: a node then fetches the layers that a plan gives it.",
 )
 @json_option
 @click.pass_obj
@@ -240,19 +206,15 @@ def pull(settings: Settings, /, model: str, layers: tuple[int, int] | None, is_j
     A download that was interrupted goes on where it stopped.
     """
     steps = Steps(is_json=is_json)
-    pulled: ModelStatus | PartialModel
     with steps.step(f"model {model}") as step:
-        if layers is None:
-            pulled = pull_model(settings, from_here(model), step.progress)
-        else:
-            pulled = pull_layers(settings, from_here(model), layers, step.progress)
+        pulled = pull_model(settings, from_here(model), layers, step.progress)
     if is_json:
         print_json(_shown(pulled))
-    elif isinstance(pulled, ModelStatus):
+    elif pulled.layers is None:
         click.echo(f"{pulled.display_name or pulled.name}: {show_bytes(pulled.size_bytes)}")
     else:
-        held, size = show_bytes(pulled.held_bytes), show_bytes(pulled.size_bytes)
-        click.echo(f"{pulled.display_name}: {pulled.layers_shown}, {held} of {size}")
+        size = show_bytes(pulled.size_bytes)
+        click.echo(f"{pulled.display_name}: {_here(pulled)} of {size}")
 
 
 @models.command()
@@ -260,27 +222,59 @@ def pull(settings: Settings, /, model: str, layers: tuple[int, int] | None, is_j
 @json_option
 @click.pass_obj
 def show(settings: Settings, /, model: str, is_json: bool) -> None:
-    """Describe MODEL, by its name or id."""
-    known: list[ModelStatus | PartialModel]
-    known = [*known_models(settings), *partial_models(settings)]
+    """Describe MODEL: what it is, which engine runs it here and why, and the memory it takes."""
+    known = known_models(settings)
     found = [item for item in known if model in (item.name, item.model_id, item.display_name)]
     if not found:
         names = ", ".join(item.name for item in known) or "none"
         raise ModelNotFound(f"no model {model!r} is known here (known: {names})")
-    described = _shown(found[0])
+    status = found[0]
+    if status.is_local and not status.engine:
+        status = _chosen_here(settings, status)
+    described = _shown(status)
     if is_json:
         print_json(described)
         return
-    if not isinstance(found[0], ModelStatus):
-        described["layers"] = found[0].layers_shown
-    for name, value in described.items():
-        shown = ", ".join(value) if isinstance(value, (list, tuple)) else str(value)
-        if name.endswith("_bytes") and isinstance(value, int):
-            shown = f"{show_bytes(value)} ({value} bytes)"
-        click.echo(f"{name.removesuffix('_bytes').replace('_', ' '):<16}{shown}")
+    described["layers"] = _here(status)
+    told = {name: value for name, value in described.items() if value is False or value}
+    for name, value in told.items():
+        title = name.removesuffix("_bytes").replace("_", " ")
+        click.echo(f"{title:<16}{_in_words(name, value)}")
 
 
-def _shown(model: ModelStatus | PartialModel) -> dict[str, object]:
+def _in_words(name: str, value: object) -> str:
+    if name == "memory_bytes" and isinstance(value, dict):
+        sizes = (f"{show_bytes(size)} with {context} tokens" for context, size in value.items())
+        return f"{', '.join(sizes)} (one session, the whole model)"
+    if name.endswith("_bytes") and isinstance(value, int):
+        return f"{show_bytes(value)} ({value} bytes)"
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _here(model: ModelStatus) -> str:
+    """How much of a model this machine has, in words."""
+    if model.layers is None:
+        return "yes" if model.is_local else "no"
+    from swarmpy.shards.ranges import show_layers
+
+    held = f"layers {show_layers(model.layers)}" if model.layers else "headers"
+    return f"{held}, {show_bytes(model.held_bytes)}"
+
+
+def _chosen_here(settings: Settings, model: ModelStatus) -> ModelStatus:
+    """Find out which engine runs a model, where no node has told."""
+    from swarmpy.node_status import model_status
+    from swarmpy.shards.catalog import Catalog
+    from swarmpy_cli.inspecting import choose_engine
+
+    try:
+        choice = choose_engine(settings, Path(model.path))
+    except SwarmError as error:
+        return msgspec.structs.replace(model, engine_why=f"none: {error}")
+    return model_status(Catalog(settings.cache_folder).find(model.model_id), choice=choice)
+
+
+def _shown(model: ModelStatus) -> dict[str, object]:
     """A model as a JSON object."""
     shown: dict[str, object] = msgspec.to_builtins(model, enc_hook=str)
     return shown

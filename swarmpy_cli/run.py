@@ -345,7 +345,7 @@ def _choices(node: Node) -> list[Choice]:
 
 async def _prepare(node: Node, steps: Steps, choice: Choice) -> str | None:
     with steps.step(f"model {choice.model}") as step:
-        name = (await node.pull(choice.model, on_progress=_progress_of(step))).name
+        name = await _pull(node, step, choice.model)
     try:
         with steps.step(f"loading {name}") as step:
             await node.prepare(name, on_progress=_progress_of(step))
@@ -353,6 +353,17 @@ async def _prepare(node: Node, steps: Steps, choice: Choice) -> str | None:
         _show_not_ready(steps, error)
         return None
     return name
+
+
+async def _pull(node: Node, step: Step, model: str) -> str:
+    """Have a model's files, or of a hub's model the headers: what a plan gives is fetched then."""
+    from swarmpy.shards.hub_names import parse_name
+
+    held = [item for item in node.models() if item.is_local and model in (item.name, item.model_id)]
+    if held and held[0].layers is not None:
+        return held[0].name
+    layers = (0, 0) if node.config.models.fetch and parse_name(model) is not None else None
+    return (await node.pull(model, layers=layers, on_progress=_progress_of(step))).name
 
 
 def _show_not_ready(steps: Steps, error: SwarmError) -> None:

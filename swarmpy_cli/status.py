@@ -69,13 +69,15 @@ def print_pipeline(pipeline: PipelineView, *, indent: str = "") -> None:
         f"{len(pipeline.stages)} {'stage' if len(pipeline.stages) == 1 else 'stages'}"
     )
     print_table(
-        ("stage", "peer", "layers", "weights", "reads the prompt"),
+        ("stage", "peer", "layers", "engine", "weights", "fetched", "reads the prompt"),
         [
             (
                 str(number),
                 stage.name,
                 show_layers(stage.start, stage.end),
+                stage.engine,
                 show_bytes(stage.weight_bytes),
+                show_bytes(stage.fetch_bytes) if stage.fetch_bytes else "",
                 "yes" if stage.sees_prompt else "no",
             )
             for number, stage in enumerate(pipeline.stages, 1)

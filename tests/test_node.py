@@ -260,7 +260,7 @@ async def test_node_without_an_engine_routes_to_the_members(
 ) -> None:
     """Only the extra `mlx` brings an engine; without it a node still joins and asks others."""
     async with tcp_swarm(tmp_path, ("a",), WHOLE_BYTES) as (engine,):
-        monkeypatch.setattr("swarmpy.node.engine_names", lambda: ["none-of-this-name"])
+        monkeypatch.setattr("swarmpy.pipeline.engines.engine_names", lambda: ["none-of-this-name"])
         settings = replace(config("router"), engine=EngineConfig(context=512))
         async with Node.open(settings, environment(tmp_path, "router")) as router:
             await router.pull(str(tmp_path / "echo"))

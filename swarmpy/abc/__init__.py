@@ -8,7 +8,17 @@ else in swarmpy is meant to be subclassed.
 from __future__ import annotations
 
 from swarmpy.abc.discovery import DiscoverySource, Sighting
-from swarmpy.abc.engine import Engine, Inspection, Output, Row, Shard, StateKind, Want
+from swarmpy.abc.engine import (
+    Engine,
+    Format,
+    Inspection,
+    Output,
+    Row,
+    Shard,
+    StateKind,
+    Suitability,
+    Want,
+)
 from swarmpy.abc.host import (
     Connection,
     ConnectionEvent,
@@ -30,6 +40,7 @@ __all__ = [
     "ConnectionEvent",
     "DiscoverySource",
     "Engine",
+    "Format",
     "Gate",
     "Host",
     "Inspection",
@@ -48,6 +59,7 @@ __all__ = [
     "StateKind",
     "Stream",
     "StreamHandler",
+    "Suitability",
     "WallSeconds",
     "Want",
 ]

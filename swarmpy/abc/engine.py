@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from swarmpy.abc.models import Progress
 from swarmpy.proto.tensor import Hidden, Tensor, TensorSpec
@@ -170,6 +170,20 @@ class Shard(ABC):
         """Release the memory."""
 
 
+Format = Literal["gguf", "safetensors"]
+"""What an engine is given: one GGUF, or a folder of safetensors in Hugging Face layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suitability:
+    """How well an engine suits a format on this machine."""
+
+    rank: int
+    """The engines with higher ranks are asked first whether they run a model; 1 is the least."""
+    why: str
+    """In words that say what this engine has over others here."""
+
+
 class Engine(ABC):
     """Runs layer ranges of models. Found through the entry-point group `swarmpy.engines`."""
 
@@ -179,6 +193,14 @@ class Engine(ABC):
     in the node itself. All others run in a child process."""
     progress: Callable[[Progress], None] | None = None
     """Set by whoever wants to hear how far a `load` is; an engine may call it from there."""
+
+    @classmethod
+    def suits(cls, model_format: Format) -> Suitability | None:
+        """Say how well this engine suits models of a format on this machine; None: not at all.
+
+        Called in the node's own process, where nothing of the engine's library may be loaded.
+        """
+        return Suitability(1, "it is installed")
 
     @abstractmethod
     def inspect(self, folder: Path) -> Inspection:

@@ -30,6 +30,7 @@ from swarmpy.errors import (
 from swarmpy.identity import PeerId, RandomBytes
 from swarmpy.net.messages import MessageStream
 from swarmpy.pipeline.coordinator import OfferRefused, Pipeline, StageClient
+from swarmpy.pipeline.fit import format_bytes
 from swarmpy.pipeline.links import PROTOCOL, carry, control_pair
 from swarmpy.pipeline.planner import Capacity, Plan, plan
 from swarmpy.pipeline.stage import StageService, inspection_of
@@ -102,20 +103,12 @@ class Assembler:
         return pipeline if pipeline is not None and pipeline.is_open else None
 
     async def pipeline_for(
-        self,
-        model_id: str,
-        inspection: Inspection | None = None,
-        *,
-        on_progress: Callable[[Progress], None] = _ignore,
+        self, model_id: str, *, on_progress: Callable[[Progress], None] = _ignore
     ) -> Pipeline:
         """Return a ready pipeline for a model, assembled now if there is none.
 
         Requests for one model wait for one assembly; if its requester is cancelled, the next one
         takes over.
-
-        Args:
-            inspection: Of the model, where the caller has it; else this node's engine is asked,
-                else a peer with the model.
 
         Raises:
             NoPipeline: Nobody can hold the model; says what is missing and who was asked.
@@ -131,7 +124,7 @@ class Assembler:
             async with lock:
                 pipeline = self.ready(model_id)
                 if pipeline is None:
-                    pipeline = await self._assemble(model_id, inspection, on_progress)
+                    pipeline = await self._assemble(model_id, on_progress)
                 return pipeline
         finally:
             lock, count = self._assembling.pop(model_id)
@@ -147,32 +140,26 @@ class Assembler:
         pipeline = self.ready(model_id)
         if pipeline is not None:
             return pipeline.plan
-        return self._plan(await self._inspect(model_id), self._capacities(model_id), None)
+        return self._plan(await self._inspections(model_id), self._capacities(model_id), None)
 
-    async def _assemble(
-        self,
-        model_id: str,
-        inspection: Inspection | None,
-        progress: Callable[[Progress], None],
-    ) -> Pipeline:
-        if inspection is None:
-            progress(Progress(step="inspecting the model", done=0, total=0, unit=""))
-            inspection = await self._inspect(model_id)
+    async def _assemble(self, model_id: str, progress: Callable[[Progress], None]) -> Pipeline:
+        progress(Progress(step="inspecting the model", done=0, total=0, unit=""))
+        inspections = await self._inspections(model_id)
         capacities = self._capacities(model_id)
         before: SwarmError | None = None
         gives_up_at = trio.current_time() + BUSY_WAIT_S
         attempt = 1
         while True:
-            layout = self._plan(inspection, capacities, before)
+            layout = self._plan(inspections, capacities, before)
             progress(Progress(step=_describe(layout), done=0, total=0, unit=""))
             attempted = _Attempt(self._service, layout, self._random)
             try:
-                clients = await attempted.run(self._offers(model_id, inspection, layout), progress)
+                clients = await attempted.run(self._offers(model_id, layout), progress)
             except BaseException:
                 attempted.roll_back()
                 raise
             if clients is not None:
-                return self._commit(model_id, inspection, layout, attempted.id, clients)
+                return self._commit(model_id, layout, attempted.id, clients)
             attempted.roll_back()
             if attempted.is_busy and trio.current_time() < gives_up_at:
                 progress(Progress(step="waiting for another assembly", done=0, total=0, unit=""))
@@ -191,14 +178,17 @@ class Assembler:
         await trio.sleep(BUSY_PAUSE_S * (0.5 + share))
 
     def _plan(
-        self, inspection: Inspection, capacities: Sequence[Capacity], before: SwarmError | None
+        self,
+        inspections: Sequence[Inspection],
+        capacities: Sequence[Capacity],
+        before: SwarmError | None,
     ) -> Plan:
         try:
             return plan(
-                inspection,
+                inspections,
                 capacities,
                 slots=self._config.slots,
-                context=self._context(inspection),
+                context=self._config.context,
                 coordinator=self._service.peer,
             )
         except NoPipeline as error:
@@ -206,19 +196,33 @@ class Assembler:
                 raise
             raise NoPipeline(f"{before}; and without that: {error}") from before
 
-    async def _inspect(self, model_id: str) -> Inspection:
-        """What this node's engine, or the first peer that has the model, knows about it."""
+    async def _inspections(self, model_id: str) -> Sequence[Inspection]:
+        """What each engine that could take part knows of a model, this node's first.
+
+        Of each engine one peer is asked; a peer that has not told its engine yet only where nobody
+        else has said anything.
+
+        Raises:
+            ModelNotFound, ModelRefused: Nobody said anything; this node's own reason.
+        """
+        found: dict[str, Inspection] = {}
         try:
-            return await self._service.inspect(model_id)
-        except ModelNotFound as error:
+            own = (await self._service.choose(model_id)).inspection
+            found[own.engine] = own
+        except ModelError as error:
             missing = error
         for capacity in self._capacities(model_id):
-            if capacity.holds_model and capacity.peer != self._service.peer:
-                try:
-                    return await self._ask(capacity.peer, model_id)
-                except (NetworkError, ProtocolError, ModelError):
-                    continue  # The next one may answer; if none does, `missing` is raised.
-        raise missing
+            is_known = capacity.engine in found or (found and not capacity.engine)
+            if is_known or not capacity.holds_model or capacity.peer == self._service.peer:
+                continue
+            try:
+                told = await self._ask(capacity.peer, model_id)
+            except (NetworkError, ProtocolError, ModelError):
+                continue  # The next one may answer; if none does, `missing` is raised.
+            found.setdefault(told.engine, told)
+        if not found:
+            raise missing
+        return list(found.values())
 
     async def _ask(self, peer: PeerId, model_id: str) -> Inspection:
         await self._service.reach(peer)
@@ -235,12 +239,7 @@ class Assembler:
             raise ModelNotFound(answer.message)
         return inspection_of(answer)
 
-    def _context(self, inspection: Inspection) -> int:
-        return min(self._config.context, inspection.context_max)
-
-    def _offers(
-        self, model_id: str, inspection: Inspection, layout: Plan
-    ) -> Callable[[bytes], list[Offer]]:
+    def _offers(self, model_id: str, layout: Plan) -> Callable[[bytes], list[Offer]]:
         """The offers of a plan, for a pipeline id."""
 
         def offers(pipeline: bytes) -> list[Offer]:
@@ -251,15 +250,11 @@ class Assembler:
                     stage=index,
                     ring=layout.ring,
                     cuts=layout.cuts,
-                    slots=min(self._config.slots, inspection.slots_max),
-                    context=self._context(inspection),
+                    slots=layout.slots,
+                    context=layout.context,
                     exact=self._config.exact,
-                    received=tuple(inspection.wire_specs[stage.start]) if index else (),
-                    sent=(
-                        tuple(inspection.wire_specs[stage.end])
-                        if stage.end < inspection.layer_count
-                        else ()
-                    ),
+                    received=stage.received,
+                    sent=stage.sent,
                     expected_bytes=stage.terms.sum_bytes,
                 )
                 for index, stage in enumerate(layout.stages)
@@ -270,7 +265,6 @@ class Assembler:
     def _commit(
         self,
         model_id: str,
-        inspection: Inspection,
         layout: Plan,
         pipeline_id: bytes,
         clients: tuple[StageClient, ...],
@@ -279,9 +273,7 @@ class Assembler:
             pipeline_id=pipeline_id,
             model_id=model_id,
             model=self._model_name(model_id),
-            inspection=inspection,
             plan=layout,
-            context=self._context(inspection),
             clients=clients,
             service=self._service,
         )
@@ -328,6 +320,10 @@ class _Attempt:
                 self._offer_remote(offer, stage.peer)
         if not await self._all(self._wait_accepted):
             return None
+        fetching = [client for client in self._clients if client.fetch_bytes]
+        if fetching:
+            sizes = (f"{format_bytes(item.fetch_bytes)} on {item.plan.name}" for item in fetching)
+            progress(Progress(step=f"to fetch: {', '.join(sizes)}", done=0, total=0, unit=""))
 
         async def load(client: StageClient) -> None:
             await client.load(progress)

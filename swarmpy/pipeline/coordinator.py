@@ -12,7 +12,7 @@ from typing import Protocol
 
 import trio
 
-from swarmpy.abc import Inspection, Progress
+from swarmpy.abc import Progress
 from swarmpy.config import SESSION_LEASE_S, SESSIONS_MAX
 from swarmpy.errors import (
     NetworkError,
@@ -101,6 +101,7 @@ class StageClient:
     def __init__(self, control: CoordinatorControl, plan: StagePlan) -> None:
         self.plan = plan
         self.loaded: Loaded | None = None
+        self.fetch_bytes = 0
         self.broken: SwarmError | None = None
         """What broke the stream below, where that is known."""
         self._control = control
@@ -118,6 +119,7 @@ class StageClient:
         """
         match await self._control.receive():
             case Accepted() as accepted:
+                self.fetch_bytes = accepted.fetch_bytes
                 return accepted
             case Refused() as refused:
                 raise OfferRefused(
@@ -229,18 +231,16 @@ class Pipeline:
         pipeline_id: bytes,
         model_id: str,
         model: str,
-        inspection: Inspection,
         plan: Plan,
-        context: int,
         clients: tuple[StageClient, ...],
         service: StageService,
     ) -> None:
         self.id = pipeline_id
         self.model_id = model_id
         self.model = model
-        self.inspection = inspection
+        self.inspection = plan.inspection
         self.plan = plan
-        self.context = context
+        self.context = plan.context
         self.clients = clients
         self.error: SwarmError | None = None
         """Why the pipeline is gone."""
@@ -289,6 +289,7 @@ class Pipeline:
             exactness=loaded.exactness if loaded else "",
             sees_prompt=self.sees_prompt(plan.start),
             path=self._path(plan.peer),
+            fetch_bytes=client.fetch_bytes,
         )
 
     def _path(self, peer: PeerId) -> str:

@@ -67,9 +67,10 @@ class EngineHost:
         Raises:
             ExtensionNotFound: No package provides the engine, or what it needs is not installed.
         """
-        engine = engine_class(engine_name)
+        self.engine_class = engine_class(engine_name)
         self.engine_name = engine_name
-        self._inline: Engine | None = engine() if engine.in_process else None
+        inline = self.engine_class.in_process
+        self._inline: Engine | None = self.engine_class() if inline else None
         self._config = config
         self._lock_folder = (runtime_folder or cache_folder / "run") / "engines"
         self._started: trio.MemorySendChannel[EngineProcess] | None = None

@@ -44,6 +44,7 @@ class Holding:
     context: int
     exact: bool
     terms: FitTerms
+    engine: EngineHost
     shard: HostedShard | None = None
     users: set[bytes] = field(default_factory=set)
     """Pipelines that use it."""
@@ -72,7 +73,6 @@ class Holdings:
 
     def __init__(
         self,
-        engine: EngineHost | None,
         *,
         memory_bytes_max: int,
         spawn: Spawn,
@@ -85,9 +85,8 @@ class Holdings:
         on_change: Called when what is loaded or the free memory has changed.
         """
         self.memory_bytes_max = memory_bytes_max
-        self.speed_bytes_s = 0.0
-        """Weight bytes the engine passes over a second in decode, 0 before the first step."""
-        self._engine = engine
+        self.speeds_bytes_s: dict[str, float] = {}
+        """Weight bytes an engine passes over a second in decode, by its name, once it has run."""
         self._spawn = spawn
         self._on_lost = on_lost
         self._on_change = on_change
@@ -166,10 +165,9 @@ class Holdings:
         Raises:
             DoesNotFit, ModelRefused, EngineLost: As `EngineHost.load`.
         """
-        assert self._engine is not None
         async with holding.lock:
             if holding.shard is None:
-                shard = await self._engine.load(
+                shard = await holding.engine.load(
                     path,
                     start=holding.start,
                     end=holding.end,
@@ -250,8 +248,7 @@ class Holdings:
 
         self._spawn(clear)
 
-    def note_speed(self, bytes_s: float) -> None:
-        """Take a decode step's speed into the mean."""
-        if not self.speed_bytes_s:
-            self.speed_bytes_s = bytes_s
-        self.speed_bytes_s += SPEED_WEIGHT * (bytes_s - self.speed_bytes_s)
+    def note_speed(self, engine: str, bytes_s: float) -> None:
+        """Take a decode step's speed into the engine's mean."""
+        before = self.speeds_bytes_s.get(engine, bytes_s)
+        self.speeds_bytes_s[engine] = before + SPEED_WEIGHT * (bytes_s - before)

@@ -2,7 +2,7 @@
 
 Route, don't split: a peer that can hold the whole model gets it. Else as few stages as fit, in
 contiguous ranges whose times are as equal as memory, measured speed and the allowed cuts permit.
-Shards that are loaded already are used as they are.
+Shards that are loaded already are used as they are, and files that are there before any is fetched.
 Spec: protocols/pipeline.md, section "Planning".
 """
 
@@ -12,13 +12,14 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from swarmpy.abc import Inspection
 from swarmpy.config import PREFILL_CHUNK, STAGES_MAX
 from swarmpy.errors import NoPipeline
 from swarmpy.identity import PeerId
 from swarmpy.pipeline.fit import FitTerms, fit, format_bytes, passed_bytes
+from swarmpy.proto.tensor import TensorSpec
 
 SPEED_UNKNOWN_BYTES_S = 4e9
 """Assumed for a peer that has not measured itself: weight bytes a second of two slow cores."""
@@ -55,8 +56,13 @@ class Capacity:
     rtt_s: Mapping[PeerId, float] = field(default_factory=dict)
     """Measured round trips to other peers."""
     holds_model: bool = True
-    """Whether it has the model's files."""
+    """Whether the model is listed there."""
+    files: tuple[tuple[int, int], ...] | None = None
+    """Ranges of layers whose files it has; None: of all."""
+    fetches: bool = False
+    """Whether it fetches the files that it lacks of layers it is to load."""
     engine: str = ""
+    """The engine that runs the model there; "" where it has not told yet."""
     shards: tuple[tuple[int, int], ...] = ()
     """Ranges of this model it has loaded with the same slots, context and exactness."""
 
@@ -72,6 +78,9 @@ class StagePlan:
     terms: FitTerms
     seconds: float
     """Predicted time of one token in this stage."""
+    received: tuple[TensorSpec, ...] = ()
+    sent: tuple[TensorSpec, ...] = ()
+    """The tensors between this stage and its neighbours; none at the ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +88,11 @@ class Plan:
     """Who runs what, and how fast it should be."""
 
     stages: tuple[StagePlan, ...]
+    inspection: Inspection
+    """What the first stage's engine knows of the model; all stages' engines agree on its shape."""
+    slots: int
+    context: int
+    """Tokens of a slot: as many as were asked for, or as every stage's engine can."""
     tok_s: float
     """Predicted tokens a second of one session."""
     ttft_s: float
@@ -94,7 +108,7 @@ class Plan:
 
 
 def plan(
-    inspection: Inspection,
+    inspections: Sequence[Inspection],
     capacities: Sequence[Capacity],
     *,
     slots: int,
@@ -104,6 +118,8 @@ def plan(
     """Lay the model's layers out over the peers.
 
     Args:
+        inspections: What each engine knows of the model. Peers whose engine has not told are taken
+            to run the first; those whose engine is not among them cannot take part.
         capacities: Members that may take part, the coordinator's own among them.
         coordinator: Preferred as the only stage, else as the first: the prompt stays at home and a
             token costs one hop less.
@@ -115,19 +131,69 @@ def plan(
         NoPipeline: Says how many bytes are missing and what each peer offered.
     """
     asked = sorted(capacities, key=lambda capacity: capacity.peer)
-    search = _Search(inspection, slots, context, coordinator)
-    peers = [capacity for capacity in asked if capacity.holds_model]
-    loaded = search.loaded(peers)
-    if loaded is not None:
-        return loaded
-    whole = [peer for peer in peers if search.fits(peer, 0, inspection.layer_count)]
-    if whole:
-        best = min(whole, key=lambda peer: (peer.peer != coordinator, -_speed(peer), peer.peer))
-        return search.build([best], [0, inspection.layer_count])
-    split = search.split(peers)
-    if split is None:
-        raise NoPipeline(search.refusal(asked))
-    return split
+    mixes = mixes_of(inspections)
+    searches = [_Search(mix, slots, context, coordinator) for mix in mixes]
+    no_fetching = [replace(capacity, fetches=False) for capacity in asked]
+    ways = [(_Search.loaded, asked), (_Search.best, no_fetching), (_Search.best, asked)]
+    for way, peers in ways:
+        found = [layout for search in searches if (layout := way(search, peers)) is not None]
+        if found:
+            return min(
+                found,
+                key=lambda plan: (len(plan.stages), plan.ring[0] != coordinator, -plan.tok_s),
+            )
+    # The reason that is told is of all who could take part together, or of the first engine.
+    raise NoPipeline(searches[-1 if len(mixes[-1].engines) > 1 else 0].refusal(asked))
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Engines that can be stages of one ring, and where."""
+
+    engines: Mapping[str, Inspection]
+    cuts: tuple[int, ...]
+    """At which each of them hands on what all others take."""
+
+    @property
+    def layer_count(self) -> int:
+        return next(iter(self.engines.values())).layer_count
+
+    def inspection(self, peer: Capacity) -> Inspection | None:
+        """What a peer's engine knows of the model; None where it is not of this mix."""
+        if peer.engine:
+            return self.engines.get(peer.engine)
+        return next(iter(self.engines.values()))
+
+
+def mixes_of(inspections: Sequence[Inspection]) -> list[Mix]:
+    """Return each engine alone, and all together that agree on the model and on some cut.
+
+    Engines agree where they see the same layers, width and vocabulary, need token ids in the same
+    layers, and hand on the same tensors.
+    """
+    mixes = [Mix({item.engine: item}, tuple(sorted(set(item.cuts)))) for item in inspections]
+    first, *others = inspections
+    together, cuts = {first.engine: first}, set(first.cuts)
+    for item in others:
+        common = {
+            cut for cut in cuts & set(item.cuts) if item.wire_specs[cut] == first.wire_specs[cut]
+        }
+        if _shape(item) == _shape(first) and common:
+            together[item.engine] = item
+            cuts = common
+    if len(together) > 1:
+        mixes.append(Mix(together, tuple(sorted(cuts))))
+    return mixes
+
+
+def _shape(inspection: Inspection) -> tuple[object, ...]:
+    """What engines must agree on to be stages of one ring."""
+    return (
+        inspection.layer_count,
+        inspection.hidden_size,
+        inspection.vocabulary_size,
+        inspection.token_layers,
+    )
 
 
 def _speed(peer: Capacity) -> float:
@@ -137,40 +203,61 @@ def _speed(peer: Capacity) -> float:
 class _Search:
     """The terms and times of all ranges of one model, and the search over orders of peers."""
 
-    def __init__(
-        self, inspection: Inspection, slots: int, context: int, coordinator: PeerId | None
-    ) -> None:
-        self._inspection = inspection
-        self._slots = min(slots, inspection.slots_max)
-        self._context = context
+    def __init__(self, mix: Mix, slots: int, context: int, coordinator: PeerId | None) -> None:
+        self._mix = mix
+        self._slots = min(slots, *(item.slots_max for item in mix.engines.values()))
+        self._context = min(context, *(item.context_max for item in mix.engines.values()))
         self._coordinator = coordinator
-        self._count = inspection.layer_count
-        self._ends = [*sorted(set(inspection.cuts)), self._count]
-        self._terms: dict[tuple[int, int], FitTerms] = {}
-        self._passed: dict[tuple[int, int], float] = {}
+        self._count = mix.layer_count
+        self._ends = [*mix.cuts, self._count]
+        self._terms: dict[tuple[str, int, int], FitTerms] = {}
+        self._passed: dict[tuple[str, int, int], float] = {}
 
-    def terms(self, start: int, end: int) -> FitTerms:
-        key = (start, end)
+    def best(self, asked: Sequence[Capacity]) -> Plan | None:
+        """The best plan, None where these peers cannot hold the model."""
+        peers = self._able(asked)
+        whole = [peer for peer in peers if self.fits(peer, 0, self._count)]
+        if whole:
+            best = min(
+                whole,
+                key=lambda peer: (peer.peer != self._coordinator, -_speed(peer), peer.peer),
+            )
+            return self.build([best], [0, self._count])
+        return self.split(peers)
+
+    def _able(self, asked: Sequence[Capacity]) -> list[Capacity]:
+        """Those that have the model, and an engine of this mix."""
+        return [peer for peer in asked if peer.holds_model and self._mix.inspection(peer)]
+
+    def _of(self, peer: Capacity) -> Inspection:
+        inspection = self._mix.inspection(peer)
+        assert inspection is not None, peer
+        return inspection
+
+    def terms(self, peer: Capacity, start: int, end: int) -> FitTerms:
+        key = (peer.engine, start, end)
         if key not in self._terms:
             self._terms[key] = fit(
-                self._inspection, start, end, slots=self._slots, context=self._context
+                self._of(peer), start, end, slots=self._slots, context=self._context
             )
         return self._terms[key]
 
     def fits(self, peer: Capacity, start: int, end: int) -> bool:
-        return self.terms(start, end).sum_bytes <= peer.memory_bytes
+        if not _has_files(peer, start, end):
+            return False
+        return self.terms(peer, start, end).sum_bytes <= peer.memory_bytes
 
     def seconds(self, peer: Capacity, start: int, end: int) -> float:
         """Predicted time of one token in layers [start, end) on a peer."""
-        key = (start, end)
+        key = (peer.engine, start, end)
         if key not in self._passed:
-            self._passed[key] = passed_bytes(self._inspection, start, end)
+            self._passed[key] = passed_bytes(self._of(peer), start, end)
         return self._passed[key] / _speed(peer)
 
     def reach(self, peer: Capacity, start: int, seconds_max: float) -> int:
         """The furthest end a peer can take from `start` on; `start` if not even one range fits.
 
-        Memory and time only grow with the range, so that the furthest end is found by halving.
+        What a range needs only grows with it, so that the furthest end is found by halving.
         """
         low = first = bisect_right(self._ends, start)
         high = len(self._ends)
@@ -183,12 +270,13 @@ class _Search:
                 high = middle
         return self._ends[low - 1] if low > first else start
 
-    def loaded(self, peers: Sequence[Capacity]) -> Plan | None:
+    def loaded(self, asked: Sequence[Capacity]) -> Plan | None:
         """The fewest loaded shards that make up the whole model, each on a peer of its own."""
         shards = sorted(
             (start, -end, peer.peer != self._coordinator, peer.peer, peer)
-            for peer in peers
+            for peer in self._able(asked)
             for start, end in peer.shards
+            if end in self._ends
         )
         paths: dict[int, list[tuple[Capacity, int]]] = {0: []}
         for start, minus_end, _, _, peer in shards:
@@ -328,22 +416,29 @@ class _Search:
         Missing is what the layers need that are left over when every peer takes all it can.
         """
         start = 0
-        holders = [peer for peer in asked if peer.holds_model]
-        for peer in sorted(holders, key=lambda peer: (-peer.memory_bytes, peer.peer)):
+        for peer in sorted(self._able(asked), key=lambda peer: (-peer.memory_bytes, peer.peer)):
             start = self.reach(peer, start, math.inf)
-        missing = self.terms(start, self._count).sum_bytes
-        offers = [
-            f"{peer.name} offers {format_bytes(peer.memory_bytes)}"
-            if peer.holds_model
-            else f"{peer.name} does not have the model"
-            for peer in asked
-        ]
-        who = ", ".join(offers) or "nobody: no peer with an engine is connected, or is left"
+        any_peer = Capacity(peer=PeerId(""), name="", memory_bytes=0)
+        missing = self.terms(any_peer, start, self._count).sum_bytes
+        who = ", ".join(self._offer(peer) for peer in asked)
+        who = who or "nobody: no peer with an engine is connected, or is left"
         return (
-            f"the model needs {self.terms(0, self._count)}; {missing} bytes "
+            f"the model needs {self.terms(any_peer, 0, self._count)}; {missing} bytes "
             f"({format_bytes(missing)}) are missing, for layers {start}-{self._count - 1}; "
             f"asked: {who}"
         )
+
+    def _offer(self, peer: Capacity) -> str:
+        """What a peer was asked for and has, in words."""
+        if not peer.holds_model:
+            return f"{peer.name} does not have the model"
+        if self._mix.inspection(peer) is None:
+            return f"{peer.name} runs it with {peer.engine}, of which nobody said what it needs"
+        offer = f"{peer.name} offers {format_bytes(peer.memory_bytes)}"
+        if peer.files is None or peer.fetches:
+            return offer
+        has = ", ".join(f"{start}-{end - 1}" for start, end in peer.files) or "none"
+        return f"{offer} and has the files of layers {has}"
 
     def build(self, order: Sequence[Capacity], cuts: Sequence[int]) -> Plan:
         """Describe a layout and predict its speed."""
@@ -353,8 +448,10 @@ class _Search:
                 name=peer.name,
                 start=start,
                 end=end,
-                terms=self.terms(start, end),
+                terms=self.terms(peer, start, end),
                 seconds=self.seconds(peer, start, end),
+                received=tuple(self._of(peer).wire_specs[start]) if start else (),
+                sent=tuple(self._of(peer).wire_specs[end]) if end < self._count else (),
             )
             for peer, (start, end) in zip(order, itertools.pairwise(cuts), strict=True)
         )
@@ -366,9 +463,19 @@ class _Search:
         compute_s = sum(stage.seconds for stage in stages)
         return Plan(
             stages=stages,
+            inspection=self._of(order[0]),
+            slots=self._slots,
+            context=self._context,
             tok_s=1 / max(compute_s + hops_s, 1e-9),
             ttft_s=compute_s * PREFILL_CHUNK / PREFILL_SPEEDUP + away_s,
         )
+
+
+def _has_files(peer: Capacity, start: int, end: int) -> bool:
+    """Whether a peer has, or fetches, the files of layers [start, end)."""
+    if peer.files is None or peer.fetches:
+        return True
+    return any(first <= start and end <= last for first, last in peer.files)
 
 
 def _ring_s(order: Sequence[Capacity]) -> float:

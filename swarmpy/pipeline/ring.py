@@ -369,7 +369,9 @@ class Stage:
         if output.error:
             raise RowError(output.error)
         if step.count == 1 and outcome.engine_s > 0:
-            self._holdings.note_speed(self._passed_bytes / outcome.engine_s)
+            self._holdings.note_speed(
+                self._inspection.engine, self._passed_bytes / outcome.engine_s
+            )
         engine_us = (*step.engine_us, int(outcome.engine_s * 1e6))
         if self.is_last:
             return await self._send_token(session, self._finish(session, step, output, engine_us))

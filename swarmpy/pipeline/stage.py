@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from swarmpy.errors import (
 )
 from swarmpy.identity import PeerId
 from swarmpy.net.messages import MessageStream
-from swarmpy.pipeline.engine_host import EngineHost
+from swarmpy.pipeline.engines import Choice, Engines
 from swarmpy.pipeline.fit import fit
 from swarmpy.pipeline.holdings import Holding, Holdings
 from swarmpy.pipeline.links import (
@@ -79,8 +79,8 @@ TASKS_MAX = 4096
 TOKEN_FRAME_BYTES_MAX = 4096
 """A token with 20 alternatives and 64 engine times has 800 bytes."""
 
-INSPECTIONS_MAX = 64
-"""Models whose inspection is remembered."""
+CHOICES_MAX = 64
+"""Models of which it is remembered which engine runs them."""
 
 LOAD_WAIT_S = 300.0
 """From an accepted offer to `Load`: the slowest peer's answer. Bounds what a coordinator that asks
@@ -93,35 +93,41 @@ LEASE_CHECK_S = SESSION_LEASE_S / 6
 """How often leases are looked at."""
 
 
+ObtainFiles = Callable[[str, int, int, Callable[[Progress], None]], Awaitable[Path]]
+"""Given a model id and layers [start, end), returns what an engine loads them from."""
+
+
 class StageService:
     """A node's end of the pipeline protocol. `run` must be running for anything else to work."""
 
     def __init__(
         self,
         host: Host,
-        engine: EngineHost | None,
+        engines: Engines,
         *,
         memory_bytes_max: int,
         find_model: Callable[[str], Path | None],
-        verify_model: Callable[[str], Awaitable[Path]] | None = None,
+        obtain_files: ObtainFiles | None = None,
+        missing_bytes: Callable[[str, int, int], int] = lambda model_id, start, end: 0,
         connect: Callable[[PeerId], Awaitable[object]] | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """Args:
-        engine: None on a node that only coordinates: every offer is refused.
+        engines: None at all on a node that only coordinates: every offer is refused.
         memory_bytes_max: The budget of all shards of this node together.
         find_model: Where a model's files are, by model id; None if this node may not serve it.
-        verify_model: Checks a model's files before each load and returns where they are.
+        obtain_files: Checks, or fetches, the files of layers before each load.
+        missing_bytes: What it would fetch.
         connect: Connects to a member of a ring that this node is not connected to.
         on_change: Called when loaded shards or free memory have changed.
         """
         self._host = host
-        self._engine = engine
+        self._engines = engines
         self._find_model = find_model
-        self._verify_model = verify_model
+        self._obtain_files = obtain_files
+        self._missing_bytes = missing_bytes
         self._connect = connect
         self._holdings = Holdings(
-            engine,
             memory_bytes_max=memory_bytes_max,
             spawn=self.spawn,
             on_lost=self._shard_lost,
@@ -131,8 +137,8 @@ class StageService:
         self._has_stage = trio.Event()
         self._coordinated: dict[bytes, tuple[PeerId, TokenSink]] = {}
         self._inbound: dict[bytes, dict[trio.CancelScope, None]] = {}
-        self._inspections: dict[str, Inspection] = {}
-        self._inspecting = trio.Lock()
+        self._choices: dict[str, Choice] = {}
+        self._choosing = trio.Lock()
         self._tasks: trio.MemorySendChannel[Callable[[], Awaitable[None]]] | None = None
         host.set_handler(PROTOCOL, self._serve)
 
@@ -169,9 +175,9 @@ class StageService:
         return max(0, self._holdings.memory_bytes_available)
 
     @property
-    def speed_bytes_s(self) -> float:
-        """Weight bytes the engine passes over a second in decode, 0 before the first step."""
-        return self._holdings.speed_bytes_s
+    def speeds_bytes_s(self) -> Mapping[str, float]:
+        """Weight bytes an engine passes over a second in decode, by its name, once it has run."""
+        return self._holdings.speeds_bytes_s
 
     @property
     def shards(self) -> tuple[Holding, ...]:
@@ -207,22 +213,26 @@ class StageService:
         except trio.WouldBlock:
             raise LocalProtocolError(f"{TASKS_MAX} tasks wait to be started") from None
 
-    async def inspect(self, model_id: str) -> Inspection:
-        """What this node's engine knows about a model, remembered.
+    async def choose(self, model_id: str) -> Choice:
+        """The engine that runs a model on this node and what it knows of it, remembered.
 
         Raises:
             ModelNotFound: This node does not have the model, or no engine.
-            ModelRefused, EngineLost: As `EngineHost.inspect`.
+            ModelRefused, EngineLost: As `Engines.choose`.
         """
         path = self._find_model(model_id)
-        if path is None or self._engine is None:
+        if path is None or not self._engines:
             raise ModelNotFound(f"this node does not serve model {model_id}")
-        async with self._inspecting:
-            if model_id not in self._inspections:
-                while len(self._inspections) >= INSPECTIONS_MAX:
-                    del self._inspections[next(iter(self._inspections))]
-                self._inspections[model_id] = await self._engine.inspect(path)
-            return self._inspections[model_id]
+        async with self._choosing:
+            if model_id not in self._choices:
+                while len(self._choices) >= CHOICES_MAX:
+                    del self._choices[next(iter(self._choices))]
+                self._choices[model_id] = await self._engines.choose(path)
+            return self._choices[model_id]
+
+    def chosen(self, model_id: str) -> Choice | None:
+        """What `choose` gave before, None where nobody asked."""
+        return self._choices.get(model_id)
 
     # For the coordinator in this node -------------------------------------------
 
@@ -269,7 +279,7 @@ class StageService:
 
     async def _describe(self, message: Describe) -> Described | Refused:
         try:
-            return described(await self.inspect(message.model_id))
+            return described((await self.choose(message.model_id)).inspection)
         except (ModelNotFound, ModelRefused) as error:
             return Refused(reason="model", message=str(error))
         except SwarmError as error:
@@ -341,7 +351,14 @@ class StageService:
             control.close()
             return
         try:
-            control.send_nowait(Accepted(is_loaded=is_loaded, shards=self._ranges(offer.model_id)))
+            start, end = stage.holding.start, stage.holding.end
+            control.send_nowait(
+                Accepted(
+                    is_loaded=is_loaded,
+                    shards=self._ranges(offer.model_id),
+                    fetch_bytes=self._missing_bytes(offer.model_id, start, end),
+                )
+            )
             async with trio.open_nursery() as nursery:
                 nursery.cancel_scope.deadline = trio.current_time() + LOAD_WAIT_S
                 while (command := await control.receive()) is not None:
@@ -390,7 +407,8 @@ class StageService:
             OfferRejected: The offer contradicts itself or this node's engine.
             DoesNotFit: The budget is too small; the message lists the terms.
         """
-        inspection = await self.inspect(offer.model_id)
+        choice = await self.choose(offer.model_id)
+        inspection = choice.inspection
         start, end = check_offer(offer, inspection, me=self.peer)
         wanted = Holding(
             model_id=offer.model_id,
@@ -400,6 +418,7 @@ class StageService:
             context=offer.context,
             exact=offer.exact,
             terms=fit(inspection, start, end, slots=offer.slots, context=offer.context),
+            engine=choice.host,
         )
         if offer.pipeline in self._stages:
             raise OfferRejected("a pipeline of this id exists already")
@@ -445,8 +464,8 @@ class StageService:
 
         try:
             path = self._find_model(offer.model_id)
-            if self._verify_model is not None:
-                path = await self._verify_model(offer.model_id)
+            if self._obtain_files is not None and holding.shard is None:
+                path = await self._obtain_files(offer.model_id, holding.start, holding.end, report)
             if path is None:
                 raise ModelNotFound(f"this node no longer has model {offer.model_id}")
             shard = await self._holdings.load(holding, path, report)
@@ -461,7 +480,7 @@ class StageService:
                 weight_bytes=shard.weight_bytes,
                 rss_bytes=shard.rss_bytes(),
                 slots=holding.slots,
-                engine=self._engine.engine_name if self._engine is not None else "",
+                engine=holding.engine.engine_name,
                 exactness=shard.exactness,
             )
         )

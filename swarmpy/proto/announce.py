@@ -62,6 +62,9 @@ MODELS_MAX = 16
 SHARDS_MAX = 16
 """Models and shards in one announcement; beyond the byte bound the last ones are left out."""
 
+RANGES_MAX = 16
+"""Ranges of layers of one model that a member has in part."""
+
 ANNOUNCEMENT_TTL_S = 3600.0
 """An announcement older than this is forgotten: a backstop, the dead are found by `swim`."""
 
@@ -82,17 +85,24 @@ Text128 = Annotated[str, Meta(max_length=128)]
 Bytes = Annotated[int, Meta(ge=0, lt=2**53)]
 """A size in bytes; exact in a JSON number too."""
 LayerIndex = Annotated[int, Meta(ge=0, le=4096)]
+LayerRanges = Annotated[tuple[tuple[LayerIndex, LayerIndex], ...], Meta(max_length=RANGES_MAX)]
 SeqNumber = Annotated[int, Meta(ge=0, lt=2**53)]
 
 
 class AnnouncedModel(msgspec.Struct, frozen=True, array_like=True):
-    """A model whose files the member has."""
+    """A model that the member has."""
 
     model_id: Text128
     name: Text128
     display_name: Text64
     size_bytes: Bytes
     layer_count: LayerIndex
+    engine: Text64 = ""
+    """The one that runs it there; "" before that is known."""
+    layers: LayerRanges | None = None
+    """Ranges of layers whose files the member has; None: it has all."""
+    fetches: bool = False
+    """Whether the member fetches the files that it lacks of layers it is to load."""
 
 
 class AnnouncedShard(msgspec.Struct, frozen=True, array_like=True):

@@ -131,6 +131,8 @@ class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
 
     is_loaded: bool
     shards: Shards = ()
+    fetch_bytes: Bytes = 0
+    """Of the model's files, which this peer fetches before it loads."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -175,6 +177,7 @@ ErrorName = Literal[
     "DoesNotFit",
     "ModelRefused",
     "ModelNotFound",
+    "DownloadFailed",
     "BadMessage",
     "FrameTooLarge",
     "PeerTimeout",

@@ -16,27 +16,29 @@ import shutil
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import trio
 
-from swarmpy.abc import ModelLabel, ModelSource, Progress
+from swarmpy.abc import Format, ModelLabel, ModelSource, Progress
 from swarmpy.errors import DownloadFailed, ModelNotFound, ModelRefused
-from swarmpy.shards.describe import describe
+from swarmpy.shards.describe import Description, describe
 from swarmpy.shards.hub import HubSource
+from swarmpy.shards.hub_download import missing_bytes
 from swarmpy.shards.locks import hold_lock_blocking
 from swarmpy.shards.manifest import (
-    Format,
     HashCache,
     Manifest,
     build_manifest,
+    format_of,
     is_model_id,
     write_index,
 )
 from swarmpy.shards.partial import PartialModel, partial_model
+from swarmpy.shards.ranges import Range, missing, show_layers
 from swarmpy.shards.sources import FolderSource, PackageSource, in_thread
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,32 @@ class ModelEntry:
     parameter_count: int
     context_max: int
     quantization: str
+    layers: tuple[Range, ...] | None = None
+    """Ranges `[start, end)` of layers whose files are here; None: all of them are."""
+    held_bytes: int = 0
+    """Of the files, where only some layers are here."""
+
+    @property
+    def layers_shown(self) -> str:
+        """What is here, in words: "layers 0-9 of 30"."""
+        if self.layers is None:
+            return f"all {self.layer_count} layers"
+        return f"layers {show_layers(self.layers) or 'none'} of {self.layer_count}"
+
+    def check_layers(self, start: int, end: int) -> None:
+        """Check that the files of layers `[start, end)` are here, before anything loads them.
+
+        Raises:
+            ModelNotFound: Some are not; the fix is the command that fetches them.
+        """
+        absent = missing([(start, end)], self.layers) if self.layers is not None else ()
+        if absent:
+            first, last = absent[0][0], absent[-1][1] - 1
+            raise ModelNotFound(
+                f"{self.name}: layers {show_layers(absent)} are not on this machine "
+                f"({self.layers_shown} are)",
+                fix=f"swarmpy models pull {self.name} --layers {first}-{last}",
+            )
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -140,11 +168,13 @@ class Catalog:
         start: int,
         end: int,
         progress: Callable[[Progress], None] = ignore,
-    ) -> PartialModel | ModelEntry:
+    ) -> ModelEntry:
         """Bring the headers and layers `[start, end)` of a hub's model to this machine.
 
-        What is here in part is in `partials`, not in `list`, until its last layer comes: nothing
-        offers it. Where no layer is missing the model is listed as by `pull`.
+        Where no layer is missing any more the model is listed as by `pull`.
+
+        Args:
+            start: Equal to `end` for the headers alone.
 
         Raises:
             ModelNotFound, ModelRefused, DownloadFailed: As `pull`; also for layers that the model
@@ -159,17 +189,42 @@ class Catalog:
             )
         path = await source.fetch_layers(request, self.cache_folder, progress, start=start, end=end)
         pinned = source.pinned(path)
-        for held in await trio.to_thread.run_sync(self.partials):
+        for held in await trio.to_thread.run_sync(self._partials):
             if held.path == path:
-                return held
+                return await trio.to_thread.run_sync(_partial_entry, held)
         return await self.pull(pinned, progress)
+
+    async def obtain(
+        self,
+        entry: ModelEntry,
+        *,
+        start: int,
+        end: int,
+        progress: Callable[[Progress], None] = ignore,
+    ) -> ModelEntry:
+        """Make sure that the files of layers `[start, end)` are here and intact; raises as `pull`.
+
+        Returns:
+            The entry as it is now.
+        """
+        held = entry.layers
+        if held is None or not missing([(start, end)], held):
+            return await self.verify(entry, progress)
+        return await self.pull_layers(entry.model_id, start=start, end=end, progress=progress)
+
+    def missing_bytes(self, entry: ModelEntry, *, start: int, end: int) -> int:
+        """Return the bytes that `obtain` would fetch. Blocks: reads headers."""
+        if entry.layers is None or not missing([(start, end)], entry.layers):
+            return 0
+        return missing_bytes(entry.path, (start, end))
 
     async def verify(
         self, entry: ModelEntry, progress: Callable[[Progress], None] = ignore
     ) -> ModelEntry:
         """Check that a listed model's files are still those of its id; do so before a load.
 
-        Unchanged files cost one `stat` each. A damaged package is fetched again.
+        Unchanged files cost one `stat` each. A damaged package is fetched again. Of a model that
+        is here in part nothing can be checked: the hashes are those of whole files.
 
         Returns:
             The entry as it is now.
@@ -179,6 +234,8 @@ class Catalog:
             ModelRefused: Its files changed: they are another model now, or none.
             DownloadFailed: The files were damaged and could not be fetched again.
         """
+        if entry.layers is not None:
+            return self.find(entry.model_id)
         record = self._record(entry.model_id)
         source = self._source(record.request)
         if source is None:
@@ -196,8 +253,10 @@ class Catalog:
         return record.entry
 
     def list(self) -> Sequence[ModelEntry]:
-        """Return the listed models whose files are there with their sizes, by name."""
+        """Return the models whose files are there with their sizes, or in part, by name. Blocks."""
         entries = [record.entry for record in self._read() if _is_present(record)]
+        whole = {entry.model_id for entry in entries}
+        entries += [_partial_entry(it) for it in self._partials() if it.model_id not in whole]
         return sorted(entries, key=lambda entry: entry.name)
 
     def find(self, name_or_id: str) -> ModelEntry:
@@ -207,36 +266,16 @@ class Catalog:
             ModelNotFound: No such model is here; the message lists names that come close.
         """
         record = self._match(name_or_id)
-        if record is None or not _is_present(record):
+        if record is not None and _is_present(record):
+            return record.entry
+        held = self._match_partial(name_or_id)
+        if held is None:
             raise self._not_found(name_or_id)
-        return record.entry
+        return _partial_entry(held)
 
     def by_id(self, model_id: str) -> ModelEntry | None:
         """Return the model with an id, None if it is not here."""
         return next((entry for entry in self.list() if entry.model_id == model_id), None)
-
-    def partials(self) -> Sequence[PartialModel]:
-        """Return the models of which only some layers are here, by name. Blocks for some files.
-
-        They are in no other answer of the catalog, so that no node offers or loads them.
-        """
-        found = map(partial_model, sorted((self.cache_folder / "partial").glob("*")))
-        return sorted((item for item in found if item), key=lambda item: item.name)
-
-    def layers_path(self, model_id: str, *, start: int, end: int) -> Path:
-        """Return what an engine is given to load layers `[start, end)`, whole model or not.
-
-        Raises:
-            ModelNotFound: Those layers are not here; the fix is the command that fetches them.
-        """
-        entry = self.by_id(model_id)
-        if entry is not None:
-            return entry.path
-        for held in self.partials():
-            if held.model_id == model_id:
-                held.check_layers(start, end)
-                return held.path
-        raise self._not_found(model_id)
 
     async def remove(self, name_or_id: str) -> ModelEntry:
         """Take a model off the list, and delete its files if they lie in the cache.
@@ -247,10 +286,15 @@ class Catalog:
             ModelNotFound: No such model is listed.
         """
         record = self._match(name_or_id)
-        if record is None:
+        if record is not None:
+            await trio.to_thread.run_sync(self._remove, record)
+            return record.entry
+        held = self._match_partial(name_or_id)
+        if held is None:
             raise self._not_found(name_or_id)
-        await trio.to_thread.run_sync(self._remove, record)
-        return record.entry
+        entry = await trio.to_thread.run_sync(_partial_entry, held)
+        await trio.to_thread.run_sync(shutil.rmtree, held.folder, True)
+        return entry
 
     # The index ------------------------------------------------------------------
 
@@ -306,10 +350,15 @@ class Catalog:
         held = self._match_partial(model)
         return model if held is None else held.request
 
+    def _partials(self) -> Sequence[PartialModel]:
+        """The models of which only some layers are here."""
+        found = map(partial_model, sorted((self.cache_folder / "partial").glob("*")))
+        return [held for held in found if held is not None]
+
     def _match_partial(self, name_or_id: str) -> PartialModel | None:
         """The only partial model of a name or id."""
         text = name_or_id.lower()
-        found = [held for held in self.partials() if text in (held.name, held.model_id)]
+        found = [held for held in self._partials() if text in (held.name, held.model_id)]
         return found[0] if len(found) == 1 else None
 
     def _remove(self, record: _Record) -> None:
@@ -338,12 +387,6 @@ class Catalog:
         return found[0] if len(found) == 1 else None
 
     def _not_found(self, name: str) -> ModelNotFound:
-        held = self._match_partial(name)
-        if held is not None:
-            return ModelNotFound(
-                f"of {held.name} only {held.layers_shown} are on this machine",
-                fix=f"Fetch the rest: swarmpy models pull {held.request}",
-            )
         if self._is_offered(name):
             # Names of packages are lower case; a hub's file names are what they are.
             shown = name if "/" in name else name.lower()
@@ -399,6 +442,25 @@ def _is_present(record: _Record) -> bool:
     return True
 
 
+@cache
+def _describe_partial(path: Path, model_id: str) -> Description:
+    """Describe a model by its headers, which came first and do not change."""
+    return describe(path)
+
+
+def _partial_entry(held: PartialModel) -> ModelEntry:
+    """Describe a model that is here in part. Blocks: reads its headers, once."""
+    label = HubSource().label(held.request)
+    entry = _entry_of(
+        _describe_partial(held.path, held.model_id),
+        path=held.path,
+        model_id=held.model_id,
+        size_bytes=held.size_bytes,
+        label=dataclasses.replace(label, name=held.name, display_name=held.display_name),
+    )
+    return dataclasses.replace(entry, layers=held.layers, held_bytes=held.held_bytes)
+
+
 def _changed_files(before: Manifest, after: Manifest) -> Sequence[str]:
     """Names of files that are not the same in both, in alphabetical order."""
     return sorted({file.name for file in set(before.files) ^ set(after.files)})
@@ -418,14 +480,25 @@ def _decode_path(kind: type, value: object) -> object:
 
 def _entry(path: Path, manifest: Manifest, label: ModelLabel) -> ModelEntry:
     """Describe a fetched model. Blocks: reads its headers."""
-    description = describe(path)
-    return ModelEntry(
+    return _entry_of(
+        describe(path),
+        path=path,
         model_id=manifest.model_id,
+        size_bytes=manifest.size_bytes,
+        label=label,
+    )
+
+
+def _entry_of(
+    description: Description, *, path: Path, model_id: str, size_bytes: int, label: ModelLabel
+) -> ModelEntry:
+    return ModelEntry(
+        model_id=model_id,
         name=label.name,
         display_name=label.display_name,
         path=path,
-        format=manifest.format,
-        size_bytes=manifest.size_bytes,
+        format=format_of(path),
+        size_bytes=size_bytes,
         license=description.license,
         source=label.origin,
         architecture=description.architecture,

@@ -25,6 +25,7 @@ from swarmpy.shards.partial import (
     disk_errors,
     is_small,
     model_path,
+    read_holding,
 )
 from swarmpy.shards.ranges import Range, bytes_in, merged, missing, needed_tensors
 from swarmpy.shards.refusals import read_json
@@ -90,7 +91,7 @@ class Download:
         await trio.to_thread.run_sync(folder.save)
         if layers is not None:
             _check_layers(layers, folder.holding)
-            held = merged([*folder.holding.layers, layers])
+            held = merged([*folder.holding.layers, layers])  # Headers alone are the range (0, 0).
             if held != ((0, description.layer_count),):
                 ranges = await trio.to_thread.run_sync(_ranges_of, path, layers, folder.holding)
                 await self._ranges(ranges, whole_bytes=False)
@@ -233,7 +234,7 @@ def _indexed_files(folder: PartialFolder) -> set[str]:
 
 def _check_layers(layers: Range, holding: Holding) -> None:
     start, end = layers
-    if not 0 <= start < end <= holding.layer_count:
+    if not 0 <= start <= end <= holding.layer_count:
         raise ModelNotFound(
             f"{holding.repository} has layers 0-{holding.layer_count - 1}, not {start}-{end - 1}",
             fix=f"swarmpy models pull {holding.request} --layers 0-{holding.layer_count - 1}",
@@ -255,6 +256,16 @@ def _ranges_of(path: Path, layers: Range, holding: Holding) -> Mapping[str, tupl
         if not file.sha256 and not is_small(file.name):
             wanted[file.name] = [(0, file.size)]  # Its hash, and so the model's id, is not known.
     return {name: merged(ranges, gap_bytes=GAP_BYTES_MAX) for name, ranges in wanted.items()}
+
+
+def missing_bytes(path: Path, layers: Range) -> int:
+    """Return the bytes that are to be fetched before some layers of a partial model are here."""
+    holding = read_holding(path if path.is_dir() else path.parent)
+    if holding is None:
+        return 0
+    held = {file.name: file.ranges for file in holding.files}
+    wanted = _ranges_of(path, layers, holding)
+    return sum(bytes_in(missing(ranges, held[name])) for name, ranges in wanted.items())
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -13,10 +13,11 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
+from swarmpy.abc import Format
 from swarmpy.errors import ConfigError, DownloadFailed, ModelRefused
 from swarmpy.shards.locks import hold_lock_blocking
 from swarmpy.shards.refusals import file_size
@@ -45,7 +46,6 @@ GGUF_NAME = "model.gguf"
 HASHES_MAX = 10_000
 """Remembered hashes; beyond it the oldest are forgotten and computed again when needed."""
 
-Format = Literal["gguf", "safetensors"]
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 _Hash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]

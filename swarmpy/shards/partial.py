@@ -19,17 +19,17 @@ from typing import Annotated
 
 import msgspec
 
-from swarmpy.errors import DownloadFailed, ModelNotFound
+from swarmpy.abc import Format
+from swarmpy.errors import DownloadFailed
 from swarmpy.shards.manifest import (
     CHUNK_BYTES,
     GGUF_NAME,
     SMALL_FILES,
-    Format,
     Manifest,
     ManifestFile,
     write_index,
 )
-from swarmpy.shards.ranges import Range, bytes_in, merged, missing, show_layers
+from swarmpy.shards.ranges import Range, bytes_in, merged
 from swarmpy.shards.safetensors import FILES_MAX
 
 SIDECAR_NAME = ".swarmpy.json"
@@ -94,10 +94,10 @@ class Holding(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartialModel:
-    """A model of which only some layers are on this machine; it is not offered to anybody."""
+    """A model of which only some layers are on this machine."""
 
     model_id: str
-    """As it will be once whole; empty where the hub does not know all hashes."""
+    """As it will be once whole."""
     name: str
     display_name: str
     request: str
@@ -111,24 +111,9 @@ class PartialModel:
     held_bytes: int
 
     @property
-    def layers_shown(self) -> str:
-        """What is here, in words: "layers 0-9 of 30"."""
-        return f"layers {show_layers(self.layers) or 'none'} of {self.layer_count}"
-
-    def check_layers(self, start: int, end: int) -> None:
-        """Check that layers `[start, end)` are here, before anything loads them.
-
-        Raises:
-            ModelNotFound: Some are not; the fix is the command that fetches them.
-        """
-        absent = missing([(start, end)], self.layers)
-        if absent:
-            shown = show_layers(absent)
-            first, last = absent[0][0], absent[-1][1] - 1
-            raise ModelNotFound(
-                f"{self.name}: layers {shown} are not on this machine ({self.layers_shown} are)",
-                fix=f"swarmpy models pull {self.request} --layers {first}-{last}",
-            )
+    def folder(self) -> Path:
+        """Where everything of it lies."""
+        return self.path if self.path.is_dir() else self.path.parent
 
 
 class PartialFolder:
@@ -309,12 +294,15 @@ def model_path(folder: Path, holding: Holding) -> Path:
 
 
 def partial_model(folder: Path) -> PartialModel | None:
-    """Describe what a release's folder holds; None where that is no layer yet."""
+    """Describe what a release's folder holds; None where the headers are not all there yet."""
     holding = read_holding(folder)
-    if holding is None or not holding.layers:
+    if holding is None or not holding.layer_count:
+        return None
+    model_id = _model_id(holding)
+    if not model_id:
         return None
     return PartialModel(
-        model_id=_model_id(holding),
+        model_id=model_id,
         name=holding.name,
         display_name=holding.display_name,
         request=holding.request,
@@ -332,7 +320,10 @@ def is_small(name: str) -> bool:
 
 
 def _model_id(holding: Holding) -> str:
-    """The id that the whole model has: hashes of files suffice, their bytes need not be here."""
+    """The id that the whole model has: hashes of files suffice, their bytes need not be here.
+
+    Empty where the hub does not know them all.
+    """
     if not all(file.sha256 for file in holding.files):
         return ""
     kind: Format = "gguf" if holding.file else "safetensors"

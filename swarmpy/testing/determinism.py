@@ -48,9 +48,9 @@ def deterministic(seed: int) -> Iterator[None]:
         (trio.from_thread, "check_cancelled", _call),
         (envelope, "verify", _verify_once(public_keys.verify)),
     ]
-    if (node := sys.modules.get("swarmpy.node")) is not None:
+    if (engines := sys.modules.get("swarmpy.pipeline.engines")) is not None:
         # A simulated machine has no engine installed but the one its settings name.
-        changes.append((node, "engine_names", list))
+        changes.append((engines, "engine_names", list))
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     thresholds = gc.get_threshold()
     _allow_files()

@@ -83,7 +83,8 @@ def command(folder: Path, *words: str) -> list[str]:
 
 def environ() -> dict[str, str]:
     """Return an environment in which the test engines can be imported."""
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = [os.environ.get("PYTHONPATH", ""), str(ROOT)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 @contextlib.contextmanager

@@ -27,16 +27,16 @@ def test_the_budget_splits_over_exactly_so_many_nodes(tmp_path: Path, count: int
     inspection = EchoEngine().inspect(EchoModel(layers=30).write(tmp_path))
     budget = split_budget(inspection, count, slots=SLOTS, context=CONTEXT)
 
-    made = plan(inspection, capacities(5, budget), slots=SLOTS, context=CONTEXT)
+    made = plan([inspection], capacities(5, budget), slots=SLOTS, context=CONTEXT)
     assert len(made.stages) == count
     with pytest.raises(NoPipeline):
-        plan(inspection, capacities(count - 1, budget), slots=SLOTS, context=CONTEXT)
+        plan([inspection], capacities(count - 1, budget), slots=SLOTS, context=CONTEXT)
 
 
 def test_one_node_with_the_whole_budget_holds_the_model_alone(tmp_path: Path) -> None:
     inspection = EchoEngine().inspect(EchoModel(layers=30).write(tmp_path))
     budget = whole_budget(inspection, slots=SLOTS, context=CONTEXT)
-    made = plan(inspection, capacities(1, budget), slots=SLOTS, context=CONTEXT)
+    made = plan([inspection], capacities(1, budget), slots=SLOTS, context=CONTEXT)
     assert [(stage.start, stage.end) for stage in made.stages] == [(0, 30)]
 
 

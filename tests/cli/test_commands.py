@@ -57,8 +57,10 @@ def test_models_are_listed_and_shown(home: Path) -> None:
     listed = document(home, "models", "list")["models"]
     assert isinstance(listed, list)
     shown = document(home, "models", "show", "echo-model")
-    assert shown in listed
+    assert [shown[key] for key in ("model_id", "engine")] == [listed[0]["model_id"], "echo"]
     assert (shown["layer_count"], shown["is_ready"]) == (12, True)
+    assert shown["engine_why"] == "the settings name it (engine.name)"
+    assert list(shown["memory_bytes"]) == ["2048", "8192"]
     assert "echo-model" in asked(home, "models", "list").output
     assert "layer count     12" in asked(home, "models", "show", "echo-model").output
 

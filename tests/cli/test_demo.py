@@ -119,11 +119,14 @@ def test_ctrl_c_while_the_nodes_start_leaves_nothing_behind(tmp_path: Path, mode
 def test_a_node_that_fails_is_shown_with_its_last_lines(
     tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SWARMPY_ENGINE_COLOUR", "blue")
+    broken = "import sys\nif 'run' in sys.orig_argv:\n    raise SystemExit('out of luck')\n"
+    (tmp_path / "sitecustomize.py").write_text(broken)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done = ran(tmp_path / "home", "demo", "--model", model, "--engine", ECHO)
     assert done.returncode == 1
     assert "✗ 3 nodes in 3 processes" in done.stdout.decode()
-    assert b"node-1 did not start: environment: unknown key engine.colour" in done.stderr
+    assert b"node-1 did not start" in done.stderr
+    assert b"SystemExit: out of luck" in done.stderr
 
 
 def test_a_model_of_too_few_layers_is_refused_before_a_node_starts(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from swarmpy.identity import Identity, PeerId
 from swarmpy.net.host import NativeHost
 from swarmpy.pipeline.assembler import Assembler
 from swarmpy.pipeline.engine_host import EngineHost
+from swarmpy.pipeline.engines import Engines
 from swarmpy.pipeline.fit import fit
 from swarmpy.pipeline.planner import Capacity
 from swarmpy.pipeline.session import Generation, generate
@@ -148,11 +149,11 @@ async def open_swarm(
             host = host_class(identities[index], networks(index), random=draw)
             config = EngineConfig(slots=slots, context=CONTEXT)
             engine = engines[index] if engines else ECHO
-            engine_host = EngineHost(engine, config=config, cache_folder=folder / "cache")
+            hosts = Engines([EngineHost(engine, config=config, cache_folder=folder / "cache")])
             has_model = holds_model is None or holds_model[index]
             service = StageService(
                 host,
-                engine_host,
+                hosts,
                 memory_bytes_max=budgets[index],
                 find_model=lambda _, has_model=has_model: folder if has_model else None,
             )
@@ -160,7 +161,7 @@ async def open_swarm(
             node = Node(f"node{index}", host, service, assembler, draw)
             swarm.nodes.append(node)
             swarm.budgets[node.peer] = swarm.announced[node.peer] = budgets[index]
-            await nursery.start(_run, node, engine_host)
+            await nursery.start(_run, node, hosts)
             address = await host.listen(Address(listen.format(index + 1)))
             events = host.connection_events()
             for other in swarm.nodes[:-1]:
@@ -170,10 +171,10 @@ async def open_swarm(
         nursery.cancel_scope.cancel()
 
 
-async def _run(node: Node, engine: EngineHost, *, task_status: trio.TaskStatus[None]) -> None:
+async def _run(node: Node, engines: Engines, *, task_status: trio.TaskStatus[None]) -> None:
     with node.scope:
         async with trio.open_nursery() as nursery:
-            await nursery.start(engine.run)
+            await nursery.start(engines.run)
             await nursery.start(node.host.run)
             await nursery.start(node.service.run)
             await nursery.start(node.assembler.run)

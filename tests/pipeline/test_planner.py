@@ -38,7 +38,7 @@ def capacity(peer: PeerId, memory_bytes: int, **changes: object) -> Capacity:
 
 
 def lay_out(inspection: Inspection, peers: list[Capacity], coordinator: PeerId = A) -> Plan:
-    return plan(inspection, peers, slots=SLOTS, context=CONTEXT, coordinator=coordinator)
+    return plan([inspection], peers, slots=SLOTS, context=CONTEXT, coordinator=coordinator)
 
 
 def ranges(layout: Plan) -> list[tuple[str, int, int]]:

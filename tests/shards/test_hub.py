@@ -25,11 +25,10 @@ from hub_server import COMMIT, FakeHub
 from swarmpy.abc import Progress
 from swarmpy.errors import ModelNotFound
 from swarmpy.shards import hub_download
-from swarmpy.shards.catalog import Catalog, ModelEntry
+from swarmpy.shards.catalog import Catalog
 from swarmpy.shards.gguf import read_header
 from swarmpy.shards.hub import HubSource
 from swarmpy.shards.hub_names import parse_name
-from swarmpy.shards.partial import PartialModel
 from swarmpy.shards.safetensors import read_folder, tensor_bytes
 from swarmpy.shards.sources import FolderSource
 from swarmpy_cli.main import main
@@ -243,14 +242,13 @@ async def test_layers_fetched_one_after_another_become_the_whole_model(
 ) -> None:
     catalog = catalog_of(hub, cache)
     held = await catalog.pull_layers("ann/tiny", start=0, end=2)
-    assert isinstance(held, PartialModel)
+    assert held.layers == ((0, 2),)
 
     entry = await catalog.pull_layers("ann/tiny", start=2, end=LAYERS)
 
-    assert isinstance(entry, ModelEntry)
+    assert entry.layers is None
     assert entry.model_id == held.model_id
     assert catalog.list() == [entry]
-    assert catalog.partials() == []
     assert hub.sent[WEIGHTS] == len(hub.files[WEIGHTS])
 
 
@@ -264,32 +262,74 @@ async def test_the_rest_of_a_partial_model_comes_by_its_name(hub: FakeHub, cache
     assert hub.sent[WEIGHTS] == len(hub.files[WEIGHTS])
 
 
-async def test_a_partial_model_is_told_apart_and_not_offered(hub: FakeHub, cache: Path) -> None:
+async def test_a_partial_model_is_listed_with_the_layers_that_are_here(
+    hub: FakeHub, cache: Path
+) -> None:
     catalog = catalog_of(hub, cache)
+
     held = await catalog.pull_layers("ann/tiny", start=1, end=3)
 
-    assert isinstance(held, PartialModel)
     assert held.layers_shown == "layers 1-2 of 4"
     assert held.size_bytes > held.held_bytes > 2 * LAYER_BYTES
-    assert catalog.partials() == [held]
-    assert catalog.list() == []
-    assert catalog.by_id(held.model_id) is None
-    with pytest.raises(ModelNotFound, match="of tiny only layers 1-2 of 4") as caught:
-        catalog.find("tiny")
-    assert caught.value.fix == f"Fetch the rest: swarmpy models pull ann/tiny@{COMMIT}"
+    assert catalog.list() == [held]
+    assert (catalog.find("tiny"), catalog.by_id(held.model_id)) == (held, held)
+
+
+async def test_headers_alone_are_a_model_of_which_everything_is_to_be_fetched(
+    gguf_hub: FakeHub, cache: Path
+) -> None:
+    catalog = catalog_of(gguf_hub, cache)
+
+    held = await catalog.pull_layers("ann/tiny", start=0, end=0)
+
+    assert held.layers == ()
+    assert held.held_bytes < held.size_bytes / 2
+    one = catalog.missing_bytes(held, start=1, end=2)
+    assert LAYER_BYTES <= one < 2 * LAYER_BYTES
+    assert catalog.missing_bytes(held, start=1, end=3) >= one + LAYER_BYTES
+
+
+async def test_what_is_to_be_fetched_is_what_then_comes(hub: FakeHub, cache: Path) -> None:
+    catalog = catalog_of(hub, cache)
+    held = await catalog.pull_layers("ann/tiny", start=0, end=1)
+    missing = catalog.missing_bytes(held, start=1, end=3)
+    sent = hub.sent[WEIGHTS]
+
+    entry = await catalog.obtain(held, start=1, end=3)
+
+    assert hub.sent[WEIGHTS] - sent == missing
+    assert entry.layers == ((0, 3),)
+    assert catalog.missing_bytes(entry, start=0, end=3) == 0
+
+
+async def test_layers_that_are_here_are_obtained_without_the_hub(hub: FakeHub, cache: Path) -> None:
+    catalog = catalog_of(hub, cache)
+    held = await catalog.pull_layers("ann/tiny", start=1, end=3)
+    asked = len(hub.asked)
+
+    assert await catalog.obtain(held, start=1, end=2) == held
+    assert len(hub.asked) == asked
 
 
 async def test_layers_that_are_not_here_are_refused_with_the_command(
     hub: FakeHub, cache: Path
 ) -> None:
+    held = await catalog_of(hub, cache).pull_layers("ann/tiny", start=1, end=3)
+
+    held.check_layers(1, 3)
+    with pytest.raises(ModelNotFound, match="layers 3 are not on this machine") as caught:
+        held.check_layers(2, 4)
+    assert caught.value.fix == "swarmpy models pull tiny --layers 3-3"
+
+
+async def test_a_partial_model_is_removed_with_its_files(hub: FakeHub, cache: Path) -> None:
     catalog = catalog_of(hub, cache)
     held = await catalog.pull_layers("ann/tiny", start=1, end=3)
-    assert isinstance(held, PartialModel)
 
-    assert catalog.layers_path(held.model_id, start=1, end=3) == held.path
-    with pytest.raises(ModelNotFound, match="layers 3 are not on this machine") as caught:
-        catalog.layers_path(held.model_id, start=2, end=4)
-    assert caught.value.fix == f"swarmpy models pull ann/tiny@{COMMIT} --layers 3-3"
+    await catalog.remove("tiny")
+
+    assert catalog.list() == []
+    assert not held.path.exists()
 
 
 async def test_layers_that_the_model_does_not_have_are_refused(hub: FakeHub, cache: Path) -> None:
@@ -308,7 +348,6 @@ async def test_weights_without_a_hash_are_fetched_whole(hub: FakeHub, cache: Pat
 
     held = await catalog_of(hub, cache).pull_layers("ann/tiny", start=0, end=1)
 
-    assert isinstance(held, PartialModel)
     assert len(held.model_id) == 64
     assert hub.sent[WEIGHTS] == len(hub.files[WEIGHTS])
 
@@ -341,11 +380,18 @@ def test_the_command_line_pulls_layers_and_shows_what_is_here(
     listed = run("models", "list")
     known = json.loads(run("models", "list", "--json"))
 
-    assert "tiny: layers 0-1 of 4, " in pulled
-    assert "layers 0-1 of 4" in listed
-    assert "layers          layers 0-1 of 4" in run("models", "show", "tiny")
-    assert known["models"] == []
-    assert known["partial"][0]["layers"] == [[0, 2]]
+    assert "tiny: layers 0-1, 148 kB of 296 kB" in pulled
+    assert "layers 0-1, 148 kB" in listed
+    assert "layers          layers 0-1, 148 kB" in run("models", "show", "tiny")
+    assert known["models"][0]["layers"] == [[0, 2]]
+
+
+def test_the_command_line_pulls_headers_alone(
+    hub: FakeHub, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+
+    assert "tiny: headers, " in run("models", "pull", "ann/tiny", "--layers", "none")
 
 
 def test_the_command_line_fetches_the_rest(
@@ -357,8 +403,7 @@ def test_the_command_line_fetches_the_rest(
     assert "tiny: " in run("models", "pull", "tiny")
     listed = json.loads(run("models", "list", "--json"))
 
-    assert [model["name"] for model in listed["models"]] == ["tiny"]
-    assert listed["partial"] == []
+    assert [model["layers"] for model in listed["models"]] == [None]
 
 
 def test_the_command_line_takes_a_file_of_the_hub_for_no_path(

@@ -18,7 +18,13 @@ from fastapi import FastAPI, Response
 from swarmpy.abc import Progress
 from swarmpy.config import INVITE_TTL_S
 from swarmpy.errors import SwarmError
-from swarmpy.plugins.gateway.bodies import CodeRequest, InviteRequest, ModelRequest, RevokeRequest
+from swarmpy.plugins.gateway.bodies import (
+    CodeRequest,
+    InviteRequest,
+    ModelRequest,
+    PullRequest,
+    RevokeRequest,
+)
 from swarmpy.plugins.gateway.errors import INTERNAL, SHUTTING_DOWN, Refusal, refusal_of
 from swarmpy.plugins.gateway.guard import (
     ClientGone,
@@ -47,9 +53,10 @@ def add_routes(app: FastAPI, node: Node) -> None:
     _add_membership(app, node)
 
     @app.post("/admin/models/pull")
-    async def pull(body: ModelRequest) -> TaskResponse:
+    async def pull(body: PullRequest) -> TaskResponse:
         return TaskResponse(
-            lambda progress: node.pull(body.model, on_progress=progress), node.wait_stopping
+            lambda progress: node.pull(body.model, layers=body.layers, on_progress=progress),
+            node.wait_stopping,
         )
 
     @app.post("/admin/prepare")

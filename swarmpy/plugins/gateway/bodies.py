@@ -32,6 +32,7 @@ MODEL_NAME_MAX = 256
 _SEEDS = 1 << 63
 """OpenAI's seeds are signed 64-bit integers."""
 
+Layer = Annotated[int, Field(ge=0, le=1 << 16)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -176,9 +177,15 @@ class ChatRequest(_Body):
 
 
 class ModelRequest(_Body):
-    """The body of `POST /admin/models/pull` and `/admin/prepare`."""
+    """The body of `POST /admin/prepare`."""
 
     model: str = Field(min_length=1, max_length=4096)
+
+
+class PullRequest(ModelRequest):
+    """The body of `POST /admin/models/pull`."""
+
+    layers: tuple[Layer, Layer] | None = None
 
 
 class InviteRequest(_Body):

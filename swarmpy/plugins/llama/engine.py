@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarmpy import abc
-from swarmpy.abc import Inspection, Progress, Shard
+from swarmpy.abc import Format, Inspection, Progress, Shard, Suitability
 from swarmpy.environment import measured_memory_bytes
 from swarmpy.errors import ConfigError, DoesNotFit, ModelRefused
 from swarmpy.pipeline.fit import fit
@@ -47,6 +47,12 @@ class LlamaEngine(abc.Engine):
     """Runs layer ranges of GGUF files with llama.cpp."""
 
     name = "llama"
+
+    @classmethod
+    def suits(cls, model_format: Format) -> Suitability | None:
+        if model_format != "gguf":
+            return None
+        return Suitability(2, "llama.cpp computes with the weights as the file packs them")
 
     def inspect(self, folder: Path) -> Inspection:
         return inspect_header(_read(folder), build_id=_build_id(open_library(find_library())))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import atexit
 import platform
+import sys
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarmpy import abc
-from swarmpy.abc import Inspection, Shard
+from swarmpy.abc import Format, Inspection, Shard, Suitability
 from swarmpy.config import SESSIONS_MAX
 from swarmpy.environment import measured_memory_bytes
 from swarmpy.errors import DoesNotFit
@@ -39,6 +40,14 @@ class MlxEngine(abc.Engine):
     """Runs layer ranges with MLX."""
 
     name = "mlx"
+
+    @classmethod
+    def suits(cls, model_format: Format) -> Suitability | None:
+        if sys.platform == "darwin" and platform.machine() == "arm64":
+            return Suitability(3, "MLX computes on the GPU of this Mac")
+        if model_format == "safetensors":
+            return Suitability(2, "MLX runs folders of safetensors")
+        return Suitability(1, "MLX unpacks the weights and computes in float32")
 
     def __init__(self) -> None:
         self._opened: _Opened | None = None
