@@ -28,7 +28,7 @@ pytestmark = pytest.mark.model
 CACHE = Path(os.environ.get("SWARMPY_CACHE") or platformdirs.user_cache_path("swarmpy"))
 NODE_OPTIONS = ("--no-mdns", "--listen", "/ip4/127.0.0.1/tcp/0")
 SETTINGS = ("--set", "engine.context=1024", "--set", "engine.slots=2", "--set", "engine.threads=1")
-SPLIT = "440MB"
+SPLIT = "225MB"
 """A budget under which three nodes hold the default model at this context, and two do not."""
 
 MEMORY_GROWTH_BYTES_MAX = 16 * 2**20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from swarmpy.errors import NoPipeline
 from swarmpy.identity import PeerId
 from swarmpy.pipeline.fit import fit, format_bytes
 from swarmpy.pipeline.planner import Capacity, Plan, plan
+from swarmpy.proto.tensor import TensorSpec
 from swarmpy.testing.engine import EchoModel, inspection_of
 
 SLOTS, CONTEXT = 2, 512
@@ -274,6 +276,132 @@ def test_a_refusal_says_what_is_missing_and_who_was_asked() -> None:
     assert f"a offers {format_bytes(room)}" in message
     assert "b does not have the model" in message
     assert "weights" in message
+
+
+# Files -----------------------------------------------------------------------------------------
+
+
+def test_a_peer_runs_only_layers_whose_files_it_has() -> None:
+    inspection = small()
+    room = need(inspection, 0, 6)
+    peers = [capacity(A, room, files=((2, 6),)), capacity(B, room, files=((0, 3),))]
+
+    (first, start, middle), (second, _, end) = ranges(lay_out(inspection, peers))
+
+    assert (first, second, start, end) == (B, A, 0, 6)
+    assert middle in (2, 3)
+
+
+def test_files_that_are_there_come_before_files_to_fetch() -> None:
+    inspection = small()
+    room = need(inspection, 0, 6)
+    peers = [capacity(A, room, files=(), fetches=True), capacity(B, room)]
+
+    assert ranges(lay_out(inspection, peers)) == [(B, 0, 6)]
+
+
+def test_what_nobody_has_is_fetched_where_it_may_be() -> None:
+    inspection = small()
+    room = need(inspection, 0, 6)
+    peers = [capacity(A, room, files=((0, 2),)), capacity(B, room, files=(), fetches=True)]
+
+    assert ranges(lay_out(inspection, peers)) == [(B, 0, 6)]
+
+
+def test_a_refusal_says_which_files_a_peer_has() -> None:
+    inspection = small()
+    peers = [capacity(A, need(inspection, 0, 6), files=((0, 2), (3, 4)))]
+
+    with pytest.raises(NoPipeline, match="has the files of layers 0-1, 3-3"):
+        lay_out(inspection, peers)
+
+
+# Engines ---------------------------------------------------------------------------------------
+
+
+def of_engine(inspection: Inspection, engine: str, **changes: object) -> Inspection:
+    return replace(inspection, engine=engine, **changes)  # type: ignore[arg-type]
+
+
+def lay_out_mixed(inspections: list[Inspection], peers: list[Capacity]) -> Plan:
+    return plan(inspections, peers, slots=SLOTS, context=CONTEXT, coordinator=A)
+
+
+def test_each_peer_is_counted_with_what_its_engine_needs() -> None:
+    """The same layers take four times the memory in the other engine."""
+    packed = small()
+    unpacked = of_engine(small(layer_weight_bytes=400_000_000), "unpacked")
+    peers = [
+        capacity(A, need(unpacked, 0, 2), engine="unpacked"),
+        capacity(B, need(packed, 2, 6), engine="echo"),
+    ]
+
+    layout = lay_out_mixed([packed, unpacked], peers)
+
+    assert ranges(layout) == [(A, 0, 2), (B, 2, 6)]
+    assert [stage.terms.sum_bytes for stage in layout.stages] == [
+        need(unpacked, 0, 2),
+        need(packed, 2, 6),
+    ]
+
+
+def test_engines_share_a_ring_only_where_both_may_cut() -> None:
+    """Alone, either would be cut in the middle."""
+    any_cut = small(head_cost_layers=0.0)
+    even = of_engine(any_cut, "even", cuts=(2, 4))
+    room = need(even, 0, 4)
+    peers = [capacity(A, room, engine="echo"), capacity(B, room, engine="even")]
+
+    assert lay_out_mixed([any_cut], [replace(peer, engine="") for peer in peers]).cuts[1] == 3
+    assert lay_out_mixed([any_cut, even], peers).cuts[1] in (2, 4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocabulary_size": 300},
+        {"hidden_size": 32},
+        {"token_layers": (0, 1)},
+        {"wire_specs": dict.fromkeys(range(1, 6), (TensorSpec("float16", (-1, 64)),))},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_engines_that_do_not_agree_are_not_in_one_ring(changes: dict[str, object]) -> None:
+    other = of_engine(small(), "other", **changes)
+    room = need(small(), 0, 4)
+    peers = [capacity(A, room, engine="echo"), capacity(B, room, engine="other")]
+
+    with pytest.raises(NoPipeline):
+        lay_out_mixed([small(), other], peers)
+
+
+def test_engines_that_do_not_agree_still_run_the_model_by_themselves() -> None:
+    other = of_engine(small(), "other", token_layers=(0, 1))
+    room = need(small(), 0, 4)
+    peers = [capacity(peer, room, engine="other") for peer in (B, C)]
+
+    layout = lay_out_mixed([small(), other], [capacity(A, room, engine="echo"), *peers])
+
+    assert set(layout.ring) == {B, C}
+    assert layout.inspection.token_layers == (0, 1)
+
+
+def test_a_ring_takes_the_shortest_context_and_the_fewest_slots_of_its_engines() -> None:
+    other = of_engine(small(), "other", context_max=CONTEXT // 2, slots_max=1)
+    room = need(small(), 0, 4)
+    peers = [capacity(A, room, engine="echo"), capacity(B, room, engine="other")]
+
+    layout = lay_out_mixed([small(), other], peers)
+
+    assert (layout.slots, layout.context) == (1, CONTEXT // 2)
+
+
+def test_a_peer_whose_engine_nobody_described_is_left_out_and_named() -> None:
+    room = need(small(), 0, 4)
+    peers = [capacity(A, room, engine="echo"), capacity(B, room, engine="warp")]
+
+    with pytest.raises(NoPipeline, match="b runs it with warp, of which nobody said"):
+        lay_out_mixed([small()], peers)
 
 
 def test_a_refusal_without_any_peer_says_so() -> None:
