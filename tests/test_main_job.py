@@ -128,7 +128,7 @@ def test_every_member_answers_and_the_official_client_works(ring: list[Running])
 
     for node in ring:
         client = OpenAI(base_url=node.base_url, api_key=node.api_key)
-        question = [{"role": "user", "content": "What is the capital of France?"}]
+        question = [{"role": "user", "content": "Name the capital of France."}]
         with client.chat.completions.create(
             model=DEFAULT_MODEL,
             messages=question,  # type: ignore[arg-type]
