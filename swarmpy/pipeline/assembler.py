@@ -8,8 +8,9 @@ Spec: protocols/pipeline.md, section "Assembly".
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -41,6 +42,13 @@ logger = logging.getLogger(__name__)
 
 OFFER_TIMEOUT_S = 150.0
 """From an offer to its answer: the peer may have to start an engine to inspect the model."""
+
+UNKNOWN_WAIT_S = 3.0
+"""For peers that have not announced their engine, all at once: it is known a second after they
+started, and who does not answer is taken to have this node's."""
+
+UNKNOWN_MAX = 16
+"""Of those that are asked."""
 
 PLANS_MAX = 3
 """Plans tried for one request: what was announced may be out of date."""
@@ -140,17 +148,18 @@ class Assembler:
         pipeline = self.ready(model_id)
         if pipeline is not None:
             return pipeline.plan
-        return self._plan(await self._inspections(model_id), self._capacities(model_id), None)
+        told = await self._inspect(model_id)
+        return self._plan(told, self._capacities(model_id), None)
 
     async def _assemble(self, model_id: str, progress: Callable[[Progress], None]) -> Pipeline:
         progress(Progress(step="inspecting the model", done=0, total=0, unit=""))
-        inspections = await self._inspections(model_id)
+        told = await self._inspect(model_id)
         capacities = self._capacities(model_id)
         before: SwarmError | None = None
         gives_up_at = trio.current_time() + BUSY_WAIT_S
         attempt = 1
         while True:
-            layout = self._plan(inspections, capacities, before)
+            layout = self._plan(told, capacities, before)
             progress(Progress(step=_describe(layout), done=0, total=0, unit=""))
             attempted = _Attempt(self._service, layout, self._random)
             try:
@@ -177,16 +186,11 @@ class Assembler:
         share = int.from_bytes(self._random.randbytes(2), "big") / 0xFFFF
         await trio.sleep(BUSY_PAUSE_S * (0.5 + share))
 
-    def _plan(
-        self,
-        inspections: Sequence[Inspection],
-        capacities: Sequence[Capacity],
-        before: SwarmError | None,
-    ) -> Plan:
+    def _plan(self, told: _Told, capacities: Sequence[Capacity], before: SwarmError | None) -> Plan:
         try:
             return plan(
-                inspections,
-                capacities,
+                list(told.inspections.values()),
+                told.filled(capacities),
                 slots=self._config.slots,
                 context=self._config.context,
                 coordinator=self._service.peer,
@@ -196,33 +200,47 @@ class Assembler:
                 raise
             raise NoPipeline(f"{before}; and without that: {error}") from before
 
-    async def _inspections(self, model_id: str) -> Sequence[Inspection]:
+    async def _inspect(self, model_id: str) -> _Told:
         """What each engine that could take part knows of a model, this node's first.
 
-        Of each engine one peer is asked; a peer that has not told its engine yet only where nobody
-        else has said anything.
+        Of each engine that is announced one peer is asked, and each peer that has just started and
+        not announced its engine yet.
 
         Raises:
             ModelNotFound, ModelRefused: Nobody said anything; this node's own reason.
         """
-        found: dict[str, Inspection] = {}
+        told = _Told()
         try:
             own = (await self._service.choose(model_id)).inspection
-            found[own.engine] = own
+            told.inspections[own.engine] = own
         except ModelError as error:
             missing = error
-        for capacity in self._capacities(model_id):
-            is_known = capacity.engine in found or (found and not capacity.engine)
-            if is_known or not capacity.holds_model or capacity.peer == self._service.peer:
-                continue
-            try:
-                told = await self._ask(capacity.peer, model_id)
-            except (NetworkError, ProtocolError, ModelError):
-                continue  # The next one may answer; if none does, `missing` is raised.
-            found.setdefault(told.engine, told)
-        if not found:
+        others = [
+            capacity
+            for capacity in self._capacities(model_id)
+            if capacity.holds_model and capacity.peer != self._service.peer
+        ]
+        for capacity in others:
+            if capacity.engine and capacity.engine not in told.inspections:
+                await self._hear(capacity.peer, model_id, told)
+        unknown = [capacity.peer for capacity in others if not capacity.engine]
+        wait_s = UNKNOWN_WAIT_S if told.inspections else math.inf
+        with trio.move_on_after(wait_s):
+            async with trio.open_nursery() as nursery:
+                for peer in unknown[:UNKNOWN_MAX]:
+                    nursery.start_soon(self._hear, peer, model_id, told)
+        if not told.inspections:
             raise missing
-        return list(found.values())
+        return told
+
+    async def _hear(self, peer: PeerId, model_id: str, told: _Told) -> None:
+        """Ask a peer; one that does not answer may be made up for by another."""
+        try:
+            inspection = await self._ask(peer, model_id)
+        except (NetworkError, ProtocolError, ModelError):
+            return
+        told.inspections.setdefault(inspection.engine, inspection)
+        told.engines[peer] = inspection.engine
 
     async def _ask(self, peer: PeerId, model_id: str) -> Inspection:
         await self._service.reach(peer)
@@ -291,6 +309,21 @@ class Assembler:
         self._service.spawn(serve)
         logger.info("pipeline.ready", extra={"model": model_id, "stages": len(clients)})
         return pipeline
+
+
+@dataclass
+class _Told:
+    """What was said of a model, by engine; and the engines of peers that had not announced theirs."""
+
+    inspections: dict[str, Inspection] = field(default_factory=dict)
+    engines: dict[PeerId, str] = field(default_factory=dict)
+
+    def filled(self, capacities: Sequence[Capacity]) -> list[Capacity]:
+        """Return capacities with the engines that are known by now."""
+        return [
+            replace(item, engine=item.engine or self.engines.get(item.peer, ""))
+            for item in capacities
+        ]
 
 
 class _Attempt:

@@ -104,6 +104,7 @@ class Swarm:
                 name=node.name,
                 memory_bytes=self.announced[node.peer],
                 speed_bytes_s=self.speeds.get(node.peer, 0.0),
+                engine="echo",
                 shards=tuple(
                     (shard.start, shard.end)
                     for shard in node.service.shards
