@@ -313,7 +313,7 @@ class Assembler:
 
 @dataclass
 class _Told:
-    """What was said of a model, by engine; and the engines of peers that had not announced theirs."""
+    """What was said of a model by engine, and the engines of peers that had not announced any."""
 
     inspections: dict[str, Inspection] = field(default_factory=dict)
     engines: dict[PeerId, str] = field(default_factory=dict)

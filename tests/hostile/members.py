@@ -91,7 +91,7 @@ async def coordinate(
     peer: Attacker, node: Node, model_id: str, pipeline_id: bytes, *, slots: int = 2
 ) -> int:
     """Become the coordinator of a ring of one, the node; return the control stream's id."""
-    inspection = await node.stages.inspect(model_id)
+    inspection = (await node.stages.choose(model_id)).inspection
     offer = pipeline.Offer(
         pipeline=pipeline_id,
         model_id=model_id,

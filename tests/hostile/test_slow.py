@@ -35,6 +35,7 @@ from swarmpy.errors import DialFailed
 from swarmpy.net.messages import FRAME_BYTES_PER_S_MIN, FRAME_TIMEOUT_S
 from swarmpy.net.peer_info import PING_IDLE_S, TIMEOUT_S
 from swarmpy.net.stream import LINGER_S
+from swarmpy.pipeline.engines import Engines
 from swarmpy.pipeline.stage import FIRST_TIMEOUT_S, StageService
 from swarmpy.proto import announce, invite, membership, pipeline, wire
 from swarmpy.proto.multistream import HEADER, encode_line
@@ -89,7 +90,7 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
     """A node that serves every protocol, in a simulated network."""
     world = SimNetwork()
     async with small_node("node", machine(world, 1), tmp_path, with_discovery=True) as node:
-        StageService(node.host, None, memory_bytes_max=0, find_model=lambda _: None)
+        StageService(node.host, Engines([]), memory_bytes_max=0, find_model=lambda _: None)
         node.membership.create_network()
         code = (await node.membership.create_invite()).code
         byte_stream = await machine(world, 2).dial(node.host.addresses[0])
