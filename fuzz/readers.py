@@ -52,6 +52,7 @@ from swarmpy.public_keys import check_multihash, decode_public_key, verify
 from swarmpy.shards import gguf, refusals, safetensors
 from swarmpy.shards.gguf_cut import cut_layers, layer_count
 from swarmpy.shards.llama import llama_config
+from swarmpy.shards.special_tokens import end_ids
 from swarmpy.shards.tokenizer_files import tokenizer_config, tokenizer_json
 
 NOW_S = 1_700_000_000.0
@@ -406,7 +407,7 @@ def read_gguf_model(data: bytes) -> None:
         return
     metadata = {key: _metadata_value(value) for key, value in found.items()}
     header = gguf.GgufHeader(path=FILE, version=3, alignment=32, metadata=metadata, tensors={})
-    for convert in (llama_config, tokenizer_json, tokenizer_config):
+    for convert in (llama_config, tokenizer_json, tokenizer_config, end_ids):
         try:
             convert(header)
         except ModelRefused:

@@ -200,11 +200,34 @@ def model_files() -> Iterator[tuple[str, bytes]]:
     yield "gguf", gguf()
     yield "gguf_cut", gguf_of_layers()
     yield "gguf_model", msgspec.msgpack.encode(metadata())
+    yield "gguf_model", msgspec.msgpack.encode(scored_metadata())
+    yield "gguf_model", msgspec.msgpack.encode(metadata() | {"tokenizer.ggml.model": "gemma4"})
+
+
+def scored_metadata() -> dict[str, object]:
+    """The same with SentencePiece's vocabulary, two templates, and end tokens of several kinds."""
+    pieces = {"<unk>": 2, "<s>": 3, "<|im_end|>": 1, "<0x0A>": 6, "a": 1, "aa": 1, "aaa": 5, "x": 4}
+    vocabulary = {
+        "model": "llama",
+        "tokens": list(pieces),
+        "token_type": list(pieces.values()),
+        "scores": [0.0, 0.0, 0.0, 0.0, -9.0, -1.0, -2.0, 0.0],
+        "eos_token_id": 2,
+        "eos_token_ids": [1, 2],
+        "add_space_prefix": False,
+        "add_eos_token": True,
+    }
+    return {
+        **metadata(),
+        "general.name": "Phi-3",
+        "tokenizer.chat_template.tool_use": "{{ tools }}",
+        **{f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()},
+    }
 
 
 def metadata() -> dict[str, object]:
     """Metadata of a small llama with a vocabulary of its own."""
-    tokens = ["<s>", "</s>", *map(chr, range(33, 127)), "he", "hell"]
+    tokens = ["<s>", "</s>", *map(chr, range(33, 127)), "he", "hel"]
     numbers = {
         "embedding_length": 64,
         "attention.head_count": 2,

@@ -418,6 +418,16 @@ class Node:
         self.stages.spawn(partial(node_offers.choose_engines, self))
         return node_status.model_status(entry)
 
+    async def rename(self, model: str, name: str) -> ModelStatus:
+        """Give a model of this machine another name, by which requests then know it.
+
+        Raises:
+            ModelNotFound, ModelRefused: As they say.
+        """
+        entry = await self.catalog.rename(model, name)
+        node_offers.announce_models(self)
+        return node_status.model_status(entry)
+
     def models(self) -> list[ModelStatus]:
         """Return the models that this machine has or that connected members announce, by name."""
         return node_status.model_statuses(self)

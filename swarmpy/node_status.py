@@ -82,6 +82,7 @@ def model_status(
         engine=choice.inspection.engine if choice else "",
         engine_why=choice.why if choice else "",
         memory_bytes=_memory_by_context(choice.inspection) if choice else {},
+        derived_from=entry.derived_from,
     )
 
 

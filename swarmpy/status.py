@@ -96,6 +96,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     engine_why: str = ""
     memory_bytes: dict[int, int] = {}
     """By tokens of context: what the whole model takes with one session, by the fit check."""
+    derived_from: str = ""
+    """Id of the model this one was quantised from; empty for an original."""
 
 
 class NetworkStatus(msgspec.Struct, frozen=True, kw_only=True):

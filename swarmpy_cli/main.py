@@ -15,7 +15,7 @@ import click
 
 from swarmpy.config import LOG_LEVELS
 from swarmpy.errors import SwarmError
-from swarmpy_cli import chat, demo, join, models, network, run, status
+from swarmpy_cli import chat, demo, join, models, network, quantize, run, status
 from swarmpy_cli.client import NodeError
 from swarmpy_cli.console import print_error, silence
 from swarmpy_cli.context import Settings, default_cache_folder, default_folder, print_json
@@ -78,6 +78,7 @@ for _command in (
     status.version,
 ):
     cli.add_command(_command)
+models.models.add_command(quantize.quantize)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

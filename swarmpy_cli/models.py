@@ -135,6 +135,20 @@ def pull_model(
         return model_status(trio.run(work))
 
 
+def rename_model(settings: Settings, model: str, name: str) -> ModelStatus:
+    """Rename a model through the node that runs, which tells the members; else by ourselves."""
+    try:
+        with connect(settings.folder) as node:
+            return node.post("/admin/models/rename", {"model": model, "name": name}, ModelStatus)
+    except NoNodeRunning:
+        import trio
+
+        from swarmpy.node_status import model_status
+        from swarmpy.shards.catalog import Catalog
+
+        return model_status(trio.run(Catalog(settings.cache_folder).rename, model, name))
+
+
 def parse_layers(
     context: click.Context, option: click.Parameter, text: str | None
 ) -> tuple[int, int] | None:
@@ -198,9 +212,17 @@ def list_models(settings: Settings, /, is_json: bool) -> None:
     help="Only these layers, of a model of the Hub; counted from 0, the last one included. With "
     "'none' only the headers: a node then fetches the layers that a plan gives it.",
 )
+@click.option("--as", "name", metavar="NAME", help="The name requests know it by from now on.")
 @json_option
 @click.pass_obj
-def pull(settings: Settings, /, model: str, layers: tuple[int, int] | None, is_json: bool) -> None:
+def pull(
+    settings: Settings,
+    /,
+    model: str,
+    layers: tuple[int, int] | None,
+    name: str | None,
+    is_json: bool,
+) -> None:
     """Fetch MODEL (a name, owner/name[@revision][:file.gguf] of the Hub, or a path) and check it.
 
     A download that was interrupted goes on where it stopped.
@@ -208,6 +230,8 @@ def pull(settings: Settings, /, model: str, layers: tuple[int, int] | None, is_j
     steps = Steps(is_json=is_json)
     with steps.step(f"model {model}") as step:
         pulled = pull_model(settings, from_here(model), layers, step.progress)
+    if name is not None:
+        pulled = rename_model(settings, pulled.model_id, name)
     if is_json:
         print_json(_shown(pulled))
     elif pulled.layers is None:
@@ -215,6 +239,20 @@ def pull(settings: Settings, /, model: str, layers: tuple[int, int] | None, is_j
     else:
         size = show_bytes(pulled.size_bytes)
         click.echo(f"{pulled.display_name}: {_here(pulled)} of {size}")
+
+
+@models.command()
+@click.argument("model")
+@click.argument("name")
+@json_option
+@click.pass_obj
+def rename(settings: Settings, /, model: str, name: str, is_json: bool) -> None:
+    """Give MODEL, by its name or id, the name NAME, by which requests then know it."""
+    renamed = rename_model(settings, model, name)
+    if is_json:
+        print_json(_shown(renamed))
+    else:
+        click.echo(f"{renamed.display_name} is {renamed.name} now")
 
 
 @models.command()

@@ -147,12 +147,17 @@ def make_environment(settings: Settings) -> Environment:
 
 
 def run_async(work: Callable[[], Awaitable[Answer]]) -> Answer:
-    """Run one async function with trio; of a group of swarmpy's errors, raise the first alone."""
+    """Run one async function with trio; of a group of swarmpy's errors, raise the first alone.
+
+    Ctrl-C comes out as itself, however deep it was heard.
+    """
     import trio
 
     try:
         return trio.run(work)
     except BaseExceptionGroup as group:
+        if group.subgroup(KeyboardInterrupt) is not None:
+            raise KeyboardInterrupt from group
         raise _first_cause(group) from None
 
 

@@ -39,7 +39,8 @@ from swarmpy.shards.manifest import (
 )
 from swarmpy.shards.partial import PartialModel, partial_model
 from swarmpy.shards.ranges import Range, missing, show_layers
-from swarmpy.shards.sources import FolderSource, PackageSource, in_thread
+from swarmpy.shards.sources import FolderSource, PackageSource, in_thread, plain_model_name
+from swarmpy.shards.titles import display_title
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class ModelEntry:
     """Ranges `[start, end)` of layers whose files are here; None: all of them are."""
     held_bytes: int = 0
     """Of the files, where only some layers are here."""
+    derived_from: str = ""
+    """Id of the model this one was quantised from, by its own metadata; empty for an original."""
 
     @property
     def layers_shown(self) -> str:
@@ -296,6 +299,18 @@ class Catalog:
         await trio.to_thread.run_sync(shutil.rmtree, held.folder, True)
         return entry
 
+    async def rename(self, name_or_id: str, name: str) -> ModelEntry:
+        """Give a listed model another name, by which requests and members then know it.
+
+        Raises:
+            ModelNotFound: No such model is listed whole.
+            ModelRefused: The name is no plain word, another model has it, or a source gives it.
+        """
+        record = self._match(name_or_id)
+        if record is None:
+            raise self._not_found(name_or_id)
+        return await trio.to_thread.run_sync(self._rename, record, name)
+
     # The index ------------------------------------------------------------------
 
     def _add(self, record: _Record) -> ModelEntry:
@@ -335,6 +350,21 @@ class Catalog:
             number += 1
             name = f"{wanted}-{number}"
         return name
+
+    def _rename(self, record: _Record, name: str) -> ModelEntry:
+        if name != plain_model_name(name):
+            raise ModelRefused(
+                f"{name!r:.80} is no name for a model",
+                fix=f"Lower-case letters, digits, '.', '_' and '-': {plain_model_name(name)}",
+            )
+        entry = dataclasses.replace(record.entry, name=name)
+        with self._changing() as records:
+            others = [item for item in records if item.entry.model_id != entry.model_id]
+            taken = any(item.entry.name == name for item in others)
+            if taken or (self._is_offered(name) and name != record.request.lower()):
+                raise ModelRefused(f"{name} is another model's name", fix="Choose another name.")
+            records[:] = [*others, msgspec.structs.replace(record, entry=entry)]
+        return entry
 
     def _is_offered(self, name: str) -> bool:
         return self._source(name) is not None
@@ -495,7 +525,7 @@ def _entry_of(
     return ModelEntry(
         model_id=model_id,
         name=label.name,
-        display_name=label.display_name,
+        display_name=display_title(label.display_name, description.quantization),
         path=path,
         format=format_of(path),
         size_bytes=size_bytes,
@@ -506,4 +536,5 @@ def _entry_of(
         parameter_count=description.parameter_count,
         context_max=description.context_max,
         quantization=description.quantization,
+        derived_from=description.derived_from,
     )

@@ -16,7 +16,54 @@ from pathlib import Path
 from swarmpy.errors import ModelRefused
 from swarmpy.proto.wire import printable
 from swarmpy.shards import gguf, safetensors
+from swarmpy.shards.gguf import GgmlType
+from swarmpy.shards.manifest import is_model_id
 from swarmpy.shards.refusals import check_config, check_folder
+
+DERIVED_FROM_KEY = "swarmpy.derived_from"
+"""Metadata of a GGUF that was quantised here: the id of the model it was made from."""
+
+FILE_TYPES: Mapping[int, tuple[str, GgmlType]] = {
+    0: ("F32", GgmlType.F32),
+    1: ("F16", GgmlType.F16),
+    2: ("Q4_0", GgmlType.Q4_0),
+    3: ("Q4_1", GgmlType.Q4_1),
+    7: ("Q8_0", GgmlType.Q8_0),
+    8: ("Q5_0", GgmlType.Q5_0),
+    9: ("Q5_1", GgmlType.Q5_1),
+    10: ("Q2_K", GgmlType.Q2_K),
+    11: ("Q3_K_S", GgmlType.Q3_K),
+    12: ("Q3_K_M", GgmlType.Q3_K),
+    13: ("Q3_K_L", GgmlType.Q3_K),
+    14: ("Q4_K_S", GgmlType.Q4_K),
+    15: ("Q4_K_M", GgmlType.Q4_K),
+    16: ("Q5_K_S", GgmlType.Q5_K),
+    17: ("Q5_K_M", GgmlType.Q5_K),
+    18: ("Q6_K", GgmlType.Q6_K),
+    19: ("IQ2_XXS", GgmlType.IQ2_XXS),
+    20: ("IQ2_XS", GgmlType.IQ2_XS),
+    21: ("Q2_K_S", GgmlType.Q2_K),
+    22: ("IQ3_XS", GgmlType.IQ3_S),
+    23: ("IQ3_XXS", GgmlType.IQ3_XXS),
+    24: ("IQ1_S", GgmlType.IQ1_S),
+    25: ("IQ4_NL", GgmlType.IQ4_NL),
+    26: ("IQ3_S", GgmlType.IQ3_S),
+    27: ("IQ3_M", GgmlType.IQ3_S),
+    28: ("IQ2_S", GgmlType.IQ2_XS),
+    29: ("IQ2_M", GgmlType.IQ2_S),
+    30: ("IQ4_XS", GgmlType.IQ4_XS),
+    31: ("IQ1_M", GgmlType.IQ1_M),
+    32: ("BF16", GgmlType.BF16),
+    36: ("TQ1_0", GgmlType.TQ1_0),
+    37: ("TQ2_0", GgmlType.TQ2_0),
+    38: ("MXFP4_MOE", GgmlType.MXFP4),
+    39: ("NVFP4", GgmlType.NVFP4),
+    40: ("Q1_0", GgmlType.Q1_0),
+    41: ("Q2_0", GgmlType.Q2_0),
+}
+"""By `general.file_type`: what people call such a file, and what most of it is meant to be."""
+
+_UNQUANTIZED = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +75,10 @@ class Description:
     parameter_count: int
     context_max: int
     quantization: str
-    """How most weights are stored: "Q4_1", "4-bit", "BF16"."""
+    """How most weights are stored: "Q4_K_M", "4-bit", "BF16"."""
     license: str
+    derived_from: str = ""
+    """Id of the model that this one says it was quantised from."""
 
 
 def describe(path: Path) -> Description:
@@ -58,8 +107,9 @@ def _describe_gguf(path: Path) -> Description:
         layer_count=layer_count,
         parameter_count=sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
         context_max=context_max,
-        quantization=_widest(sizes),
+        quantization=_file_type(header, sizes),
         license=printable(header.text("general.license", "")[:100]),
+        derived_from=_model_id(header.metadata.get(DERIVED_FROM_KEY)),
     )
 
 
@@ -95,6 +145,11 @@ def _architecture(value: object, where: str) -> str:
     raise ModelRefused(f"{where}: the architecture is {value!r:.80}, expected a plain word")
 
 
+def _model_id(value: object) -> str:
+    """A file's word for its origin, if it has the form of an id; nothing is concluded from it."""
+    return value if isinstance(value, str) and is_model_id(value) else ""
+
+
 def _bits(config: Mapping[str, object]) -> int:
     """Bits a weight is packed in by MLX's quantisation, 0 where it is not."""
     quantization = config.get("quantization")
@@ -108,6 +163,18 @@ def _first_size(config: Mapping[str, object], *keys: str) -> int:
         if type(value) is int:
             return value
     return 0
+
+
+def _file_type(header: gguf.GgufHeader, sizes: Counter[str]) -> str:
+    """What the file says it is where its tensors bear that out, else their widest type.
+
+    A mix as Q4_K_M may hold more bytes of other types: rows that are no whole blocks get another.
+    """
+    widest = _widest(sizes)
+    name, kind = FILE_TYPES.get(header.integer("general.file_type", -1), ("", None))
+    if kind is None or kind.name not in sizes or (kind in _UNQUANTIZED and kind.name != widest):
+        return widest
+    return name
 
 
 def _widest(sizes: Counter[str]) -> str:

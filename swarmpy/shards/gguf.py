@@ -57,7 +57,10 @@ ALIGNMENT_MAX = 1 << 20
 
 
 class GgmlType(enum.IntEnum):
-    """How a tensor's numbers are stored; the value is the one in the file."""
+    """How a tensor's numbers are stored; the value is the one in the file.
+
+    4, 5, 31 to 33 and 36 to 38 are formats that ggml has given up.
+    """
 
     F32 = 0
     F16 = 1
@@ -66,17 +69,34 @@ class GgmlType(enum.IntEnum):
     Q5_0 = 6
     Q5_1 = 7
     Q8_0 = 8
+    Q8_1 = 9
     Q2_K = 10
     Q3_K = 11
     Q4_K = 12
     Q5_K = 13
     Q6_K = 14
+    Q8_K = 15
+    IQ2_XXS = 16
+    IQ2_XS = 17
+    IQ3_XXS = 18
+    IQ1_S = 19
+    IQ4_NL = 20
+    IQ3_S = 21
+    IQ2_S = 22
+    IQ4_XS = 23
     I8 = 24
     I16 = 25
     I32 = 26
     I64 = 27
     F64 = 28
+    IQ1_M = 29
     BF16 = 30
+    TQ1_0 = 34
+    TQ2_0 = 35
+    MXFP4 = 39
+    NVFP4 = 40
+    Q1_0 = 41
+    Q2_0 = 42
 
 
 BLOCKS: Mapping[GgmlType, tuple[int, int]] = {
@@ -87,19 +107,36 @@ BLOCKS: Mapping[GgmlType, tuple[int, int]] = {
     GgmlType.Q5_0: (32, 22),
     GgmlType.Q5_1: (32, 24),
     GgmlType.Q8_0: (32, 34),
+    GgmlType.Q8_1: (32, 36),
     GgmlType.Q2_K: (256, 84),
     GgmlType.Q3_K: (256, 110),
     GgmlType.Q4_K: (256, 144),
     GgmlType.Q5_K: (256, 176),
     GgmlType.Q6_K: (256, 210),
+    GgmlType.Q8_K: (256, 292),
+    GgmlType.IQ2_XXS: (256, 66),
+    GgmlType.IQ2_XS: (256, 74),
+    GgmlType.IQ3_XXS: (256, 98),
+    GgmlType.IQ1_S: (256, 50),
+    GgmlType.IQ4_NL: (32, 18),
+    GgmlType.IQ3_S: (256, 110),
+    GgmlType.IQ2_S: (256, 82),
+    GgmlType.IQ4_XS: (256, 136),
     GgmlType.I8: (1, 1),
     GgmlType.I16: (1, 2),
     GgmlType.I32: (1, 4),
     GgmlType.I64: (1, 8),
     GgmlType.F64: (1, 8),
+    GgmlType.IQ1_M: (256, 56),
     GgmlType.BF16: (1, 2),
+    GgmlType.TQ1_0: (256, 54),
+    GgmlType.TQ2_0: (256, 66),
+    GgmlType.MXFP4: (32, 17),
+    GgmlType.NVFP4: (64, 36),
+    GgmlType.Q1_0: (128, 18),
+    GgmlType.Q2_0: (64, 18),
 }
-"""Elements and bytes of one block, by type."""
+"""Elements and bytes of one block, by type; tests hold them against the library's own."""
 
 CONVERTIBLE = frozenset(
     {
@@ -161,6 +198,8 @@ class GgufHeader:
     encoded: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     """Each metadata value as the file has it, its type first, but the tokenizer's, which are large
     and are never written again: `metadata` does not tell uint32 from int64."""
+    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    """Where the file has each metadata value, its type first: offset and bytes."""
 
     @property
     def architecture(self) -> str:
@@ -193,6 +232,13 @@ class GgufHeader:
     def integers(self, key: str, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """Return a metadata array of integers."""
         return self._array(key, int, default)
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """Return a metadata array of numbers as floats; integers will do."""
+        value = self.metadata.get(key)
+        if isinstance(value, tuple) and all(type(item) is int for item in value):
+            return tuple(map(float, self.integers(key)))
+        return self._array(key, float, None)
 
     def _value(self, key: str, kind: type[T], default: T | None) -> T:
         value = self.metadata.get(key, default)
@@ -246,7 +292,7 @@ def parse_header(file: BinaryIO, *, path: Path, file_bytes: int) -> GgufHeader:
     if version not in VERSIONS:
         raise ModelRefused(f"{path.name}: GGUF version {version}, expected 2 or 3 (little-endian)")
     tensor_count = cursor.count("tensors", TENSORS_MAX)
-    metadata, encoded = _read_metadata(cursor)
+    metadata, encoded, spans = _read_metadata(cursor)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= ALIGNMENT_MAX or alignment % 8:
         raise ModelRefused(f"{path.name}: alignment {alignment!r:.40} is no multiple of 8")
@@ -274,6 +320,7 @@ def parse_header(file: BinaryIO, *, path: Path, file_bytes: int) -> GgufHeader:
         metadata=metadata,
         tensors=tensors,
         encoded=encoded,
+        spans=spans,
     )
 
 
@@ -413,20 +460,25 @@ class _Cursor:
         return tuple(map(bool, values)) if kind == _BOOL else values
 
 
-def _read_metadata(cursor: _Cursor) -> tuple[dict[str, MetadataValue], dict[str, bytes]]:
-    """Return the values by key, and the bytes of each value."""
+def _read_metadata(
+    cursor: _Cursor,
+) -> tuple[dict[str, MetadataValue], dict[str, bytes], dict[str, tuple[int, int]]]:
+    """Return the values by key, the bytes of each value, and where they lie."""
     metadata: dict[str, MetadataValue] = {}
     encoded: dict[str, bytes] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for _ in range(cursor.count("metadata keys", METADATA_MAX)):
         key = cursor.string(KEY_BYTES_MAX)
         if key in metadata:
             raise ModelRefused(f"{cursor.name}: metadata {key!r:.80} is there twice")
         cursor.recent()
+        begin = cursor.offset
         metadata[key] = cursor.value(cursor.number(4))
+        spans[key] = (begin, cursor.offset - begin)
         raw = cursor.recent()
         if not key.startswith("tokenizer."):
             encoded[key] = raw
-    return metadata, encoded
+    return metadata, encoded, spans
 
 
 def _read_tensor(cursor: _Cursor) -> tuple[str, GgmlType, tuple[int, ...], int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import re
 import shutil
@@ -21,11 +22,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 from swarmpy.errors import ConfigError, ModelRefused
-from swarmpy.shards.gguf import BLOCKS, MAGIC, GgmlType, GgufHeader, GgufTensor, bytes_of
+from swarmpy.shards.gguf import BLOCKS, GgmlType, GgufHeader, GgufTensor
+from swarmpy.shards.gguf_write import (
+    ARRAY,
+    FLOAT32,
+    UINT32,
+    lay_out,
+    text_value,
+    uint32_value,
+)
 from swarmpy.shards.refusals import SIZES_MAX, file_size
-
-ALIGNMENT = 32
-"""Of tensors in a cut, whatever the original's: the format's default, and enough for SIMD loads."""
 
 UNUSED_ROWS = 32
 """Vocabulary of a shard that neither embeds tokens nor gives logits; the library wants some."""
@@ -85,18 +91,28 @@ _WINDOW_PERIODS: Mapping[str, tuple[int, bool]] = {
 architecture: what `load_swa_pattern` is called with. Counted from layer 0, so a shard that starts
 elsewhere needs it written out."""
 
-_DEPTHS: Mapping[str, frozenset[int]] = {
-    "baichuan": frozenset({32, 40}),  # rope below, ALiBi above
-    "deepseek2": frozenset({26, 27, 47, 48}),  # no low-rank queries; how experts are chosen
-    "exaone4": frozenset({64}),  # sliding windows, and no rope in full layers
-    "gemma2": frozenset({46}),  # attention scale
-    "gemma3": frozenset({62}),  # attention scale
-    "minicpm3": frozenset(range(_LAYERS_MAX + 1)),  # residual scale 1.4 / sqrt(layers)
+_DEPTHS: Mapping[str, tuple[range, ...]] = {
+    "baichuan": (range(32, 33), range(40, 41)),  # rope, ALiBi, and neither of them
+    "command-r": (range(64, _LAYERS_MAX + 1),),  # norms of queries and keys
+    "deepseek2": (range(26, 28),),  # queries that are not of low rank
+    "exaone4": (range(64, 65),),  # sliding windows, and no rope in full layers
+    "gemma2": (range(46, 47),),  # attention scale
+    "gemma3": (range(62, 63),),  # attention scale
+    "mistral4": (range(26, 28),),  # as deepseek2
+    "minicpm3": tuple(range(n, n + 1) for n in range(_LAYERS_MAX + 1)),  # residual scale
 }
-"""Numbers of layers from which the library infers which model it is, and computes otherwise."""
+"""Numbers of layers from which the library infers which model it is, and computes otherwise: a
+model is cut only into parts that lie in the same range as the whole, or in none like it."""
 
-_NEEDED_KEYS: Mapping[str, tuple[str, ...]] = {"minicpm": ("residual_scale",)}
-"""Keys whose default is a function of the number of layers."""
+_LITE_48_VOCABULARY, _SIGMOID_VOCABULARY = 128_256, 154_880
+"""Vocabularies by which it tells models of deepseek2 apart, with 48, and with 47 or 48 layers."""
+
+_DEEPSEEK2 = frozenset({"deepseek2", "mistral4"})
+
+_GATING_SOFTMAX, _GATING_SIGMOID = 1, 2
+
+_RESIDUAL_SCALE = 1.4
+"""Of minicpm, divided by the root of the number of layers."""
 
 _TANGLED_KEYS = (
     "attention.shared_kv_layers",
@@ -227,26 +243,55 @@ def write_cut(
 # What is refused --------------------------------------------------------------
 
 
+def is_separable(header: GgufHeader, count: int) -> bool:
+    """Whether the library computes `count` layers alone as it computes them in the whole model."""
+    layers = layer_count(header)
+    return count == layers or _depth_range(header, count) == _depth_range(header, layers)
+
+
+def why_undivided(header: GgufHeader) -> str:
+    """Return why a model can only be run whole; empty where it can be cut."""
+    architecture, layers = header.architecture, layer_count(header)
+    if not any(is_separable(header, count) for count in range(1, layers)):
+        return (
+            f"llama.cpp tells models of architecture {architecture!r} apart by their number of "
+            f"layers, so none of these {layers} can be run alone"
+        )
+    for key in _TANGLED_KEYS:
+        if header.metadata.get(f"{architecture}.{key}", 0) != 0:
+            return f"layers cannot be cut apart ({architecture}.{key})"
+    return ""
+
+
+def _depth_range(header: GgufHeader, count: int) -> range | None:
+    """Return the range of depths that `count` layers would be taken for."""
+    if header.architecture in _DEEPSEEK2:
+        if _has_plain_queries(header):
+            return None  # Which is written out.
+        if count == 48 and _vocabulary_size(header) == _LITE_48_VOCABULARY:
+            return range(48, 49)
+    depths = _DEPTHS.get(header.architecture, ())
+    return next((found for found in depths if count in found), None)
+
+
+def _has_plain_queries(header: GgufHeader) -> bool:
+    return "blk.0.attn_q.weight" in header.tensors
+
+
 def _check_separable(header: GgufHeader, layers: int, count: int) -> None:
     """Refuse models whose layers would compute something else in a model of `count` layers."""
-    name, architecture = header.path.name, header.architecture
+    name = header.path.name
     if header.integer("split.count", 1) > 1:
         raise ModelRefused(f"{name}: a GGUF in several files cannot be cut; merge it first")
     if count == layers:
         return
-    if not {layers, count}.isdisjoint(_DEPTHS.get(architecture, ())):
+    if reason := why_undivided(header):
+        raise ModelRefused(f"{name}: {reason}")
+    if not is_separable(header, count):
         raise ModelRefused(
-            f"{name}: llama.cpp tells models of architecture {architecture!r} apart by their "
-            f"number of layers, so {count} of {layers} cannot be run alone"
+            f"{name}: llama.cpp would take {count} layers of architecture {header.architecture!r} "
+            "for another model by their number"
         )
-    for key in _NEEDED_KEYS.get(architecture, ()):
-        if f"{architecture}.{key}" not in header.metadata:
-            raise ModelRefused(
-                f"{name}: has no {architecture}.{key}, and its default depends on the depth"
-            )
-    for key in _TANGLED_KEYS:
-        if header.metadata.get(f"{architecture}.{key}", 0) != 0:
-            raise ModelRefused(f"{name}: layers cannot be cut apart ({architecture}.{key})")
 
 
 def _vocabulary_size(header: GgufHeader) -> int:
@@ -306,18 +351,19 @@ def _metadata(
             if isinstance(header.metadata[key], tuple) and short not in _WHOLE_ARRAYS:
                 encoded = _sliced(header, key, start, end, layers=layers)
             result[key] = encoded
-    result[f"{prefix}block_count"] = _uint32(end - start)
+    result[f"{prefix}block_count"] = uint32_value(end - start)
     for short, value in _shifted(header, start, end).items():
-        result[prefix + short] = _uint32(value)
+        result[prefix + short] = uint32_value(value)
     if start > 0:
         # What comes in was scaled by the first shard. Some architectures scale by default.
-        result[f"{prefix}embedding_scale"] = struct.pack("<If", _FLOAT32, 1.0)
-    if architecture in _WINDOW_PERIODS:
-        pattern = f"{prefix}{_WINDOW_PATTERN}"
-        if not isinstance(header.metadata.get(pattern), tuple):
-            result[pattern] = _window_pattern(header, start, end)
-    result[f"{prefix}vocab_size"] = _uint32(vocabulary)
-    result["tokenizer.ggml.model"] = struct.pack("<I", _STRING) + _text("none")
+        result[f"{prefix}embedding_scale"] = struct.pack("<If", FLOAT32, 1.0)
+    pattern = f"{prefix}{_WINDOW_PATTERN}"
+    if architecture in _WINDOW_PERIODS and not isinstance(header.metadata.get(pattern), tuple):
+        slides = sliding_layers(header)[start:end]
+        result[pattern] = struct.pack(f"<IIQ{len(slides)}I", ARRAY, UINT32, len(slides), *slides)
+    result |= {prefix + short: value for short, value in _depth_defaults(header, layers).items()}
+    result[f"{prefix}vocab_size"] = uint32_value(vocabulary)
+    result["tokenizer.ggml.model"] = text_value("none")
     return result
 
 
@@ -329,8 +375,8 @@ def _shifted(header: GgufHeader, start: int, end: int) -> dict[str, int]:
             found[key] = _integer(header, key)
     if "leading_dense_block_count" in found:
         found["leading_dense_block_count"] -= start
-    if start > 0 and "n_deepstack_layers" in found:
-        found["n_deepstack_layers"] = 0  # Images enter at layer 0, beside the hidden state.
+    if "n_deepstack_layers" in found:
+        found["n_deepstack_layers"] = 0  # Of images, which nobody gives us.
     if "nextn_predict_layers" in found:
         found["nextn_predict_layers"] = 0
     return {key: min(max(0, value), count) for key, value in found.items()}
@@ -348,33 +394,63 @@ def _sliced(header: GgufHeader, key: str, start: int, end: int, *, layers: int) 
         )
     first = _ARRAY_HEAD_BYTES + start * size
     items = encoded[first : first + (end - start) * size]
-    return struct.pack("<IIQ", _ARRAY, kind, end - start) + items
+    return struct.pack("<IIQ", ARRAY, kind, end - start) + items
 
 
-def _window_pattern(header: GgufHeader, start: int, end: int) -> bytes:
-    """Return an encoded array: which layers slide, as the library counts it from layer 0."""
+def sliding_layers(header: GgufHeader) -> tuple[bool, ...]:
+    """Return which layers see a sliding window only, as the library counts them.
+
+    All False where the architecture has no such layers; where it may have some and the model's
+    window is switched off, still what they would be.
+
+    Raises:
+        ModelRefused: The pattern is out of range, or of another number of layers.
+    """
+    layers, key = layer_count(header), f"{header.architecture}.{_WINDOW_PATTERN}"
+    flags = header.metadata.get(key)
+    if isinstance(flags, tuple):
+        if len(flags) < layers:
+            raise ModelRefused(f"{header.path.name}: windows of {len(flags)} layers of {layers}")
+        return tuple(bool(flag) for flag in flags[:layers])
+    if header.architecture not in _WINDOW_PERIODS:
+        return (False,) * layers
     default, is_full_first = _WINDOW_PERIODS[header.architecture]
     period = _integer(header, _WINDOW_PATTERN, default)
     if not 0 <= period <= _LAYERS_MAX:
         raise ModelRefused(f"{header.path.name}: windows with a period of {period} layers")
     full = 0 if is_full_first else period - 1
-    slides = [not period or layer % period != full for layer in range(start, end)]
-    return struct.pack(f"<IIQ{len(slides)}I", _ARRAY, _UINT32, len(slides), *slides)
+    return tuple(not period or layer % period != full for layer in range(layers))
 
 
-_UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
+def _depth_defaults(header: GgufHeader, layers: int) -> dict[str, bytes]:
+    """Return, encoded, what can be told of that which the library concludes from the depth."""
+    found: dict[str, bytes] = {}
+    match header.architecture:
+        case family if family in _DEEPSEEK2:
+            if _has_plain_queries(header):
+                found["attention.q_lora_rank"] = uint32_value(0)
+            if not _integer(header, "expert_gating_func", 0):
+                is_sigmoid = layers in (47, 48) and _vocabulary_size(header) == _SIGMOID_VOCABULARY
+                found["expert_gating_func"] = uint32_value(
+                    _GATING_SIGMOID if is_sigmoid else _GATING_SOFTMAX
+                )
+        case "minicpm":
+            if "minicpm.residual_scale" not in header.metadata:
+                # In single precision throughout, as the library computes it.
+                root, scale = (_single(value) for value in (math.sqrt(layers), _RESIDUAL_SCALE))
+                found["residual_scale"] = struct.pack("<If", FLOAT32, scale / root)
+    return found
+
+
+def _single(value: float) -> float:
+    """Round to single precision."""
+    rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
+    return rounded
+
+
 _SIZES: Mapping[int, int] = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of an array's item, by value type; strings and arrays have no fixed size."""
 _ARRAY_HEAD_BYTES = 16
-
-
-def _uint32(value: int) -> bytes:
-    return struct.pack("<II", _UINT32, value)
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
 
 
 # Tensors ----------------------------------------------------------------------
@@ -388,10 +464,6 @@ class _Placed:
     type: GgmlType
     shape: tuple[int, ...]
     source: GgufTensor | None
-
-    @property
-    def size_bytes(self) -> int:
-        return bytes_of(self.type, self.shape)
 
 
 def _tensors(
@@ -426,23 +498,13 @@ def _hole(tensor: _Placed, vocabulary: int) -> _Placed:
 
 
 def _laid_out(version: int, metadata: Mapping[str, bytes], tensors: list[_Placed]) -> GgufCut:
-    """Place the tensors one after the other behind their header."""
-    parts = [MAGIC, struct.pack("<IQQ", version, len(tensors), len(metadata))]
-    parts += [_text(key) + encoded for key, encoded in metadata.items()]
-    offsets, end = [], 0
-    for tensor in tensors:
-        sizes = tensor.shape[::-1]
-        parts += [_text(tensor.name), struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)]
-        parts.append(struct.pack("<IQ", tensor.type, end))
-        offsets.append(end)
-        end = _aligned(end + tensor.size_bytes)
-    described = b"".join(parts)
-    header = described + bytes(_aligned(len(described)) - len(described))
+    """Place the tensors one after the other behind their header, whatever their alignment was."""
+    laid_out = lay_out(version, metadata, [(item.name, item.type, item.shape) for item in tensors])
     pieces: list[Piece] = []
-    for tensor, offset in zip(tensors, offsets, strict=True):
+    for tensor, offset in zip(tensors, laid_out.offsets, strict=True):
         if tensor.source is not None:
-            _append(pieces, tensor.source, len(header) + offset)
-    return GgufCut(header=header, pieces=tuple(pieces), size_bytes=len(header) + end)
+            _append(pieces, tensor.source, offset)
+    return GgufCut(header=laid_out.header, pieces=tuple(pieces), size_bytes=laid_out.size_bytes)
 
 
 def _append(pieces: list[Piece], tensor: GgufTensor, target_offset: int) -> None:
@@ -464,10 +526,6 @@ def _append(pieces: list[Piece], tensor: GgufTensor, target_offset: int) -> None
             pieces[-1] = replace(last, size_bytes=last.size_bytes + piece.size_bytes)
             return
     pieces.append(piece)
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
 # Writing ----------------------------------------------------------------------

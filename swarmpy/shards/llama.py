@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from swarmpy.errors import ModelRefused
 from swarmpy.shards.gguf import CONVERTIBLE, GgufHeader
 from swarmpy.shards.refusals import check_config
-from swarmpy.shards.tokenizer_files import special_token_id
+from swarmpy.shards.special_tokens import end_ids, special_token_id
 
 
 def llama_config(header: GgufHeader) -> dict[str, object]:
@@ -99,9 +99,8 @@ def _rope_scaling(header: GgufHeader) -> dict[str, object] | None:
 
 
 def _end_tokens(header: GgufHeader) -> int | list[int] | None:
-    """The end-of-text token, and the end-of-turn token where it is another."""
-    ids = [special_token_id(header, role) for role in ("eos", "eot")]
-    known = list(dict.fromkeys(item for item in ids if item is not None))
+    """The tokens that end a reply: a list where there are several."""
+    known = sorted(end_ids(header))
     return known if len(known) > 1 else known[0] if known else None
 
 

@@ -1,67 +1,37 @@
 """A GGUF's vocabulary as tokenizer.json and tokenizer_config.json.
 
-Only byte-level BPE vocabularies with a known way of splitting text are converted: a wrong split
-gives other tokens, and so a silently wrong model. Anything else is refused by name.
+Three kinds are converted: byte-level BPE, SentencePiece's with scores, and Gemma 4's, which is BPE
+over text with spaces as characters. A wrong split gives other tokens, and so a silently wrong
+model: anything else is refused by name.
 Spec: protocols/manifest.md, section 4; the file formats are Hugging Face's and llama.cpp's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from swarmpy.errors import ModelRefused
 from swarmpy.shards.gguf import GgufHeader
-
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from swarmpy.shards.special_tokens import special_token_id
+from swarmpy.shards.text_splits import SPLITS, Step, byte_level, cut_at
+from swarmpy.shards.vocabularies import (
+    CONTROL,
+    UNKNOWN,
+    USER_DEFINED,
+    Merge,
+    Vocabulary,
+    listed_merges,
+    read_vocabulary,
+    scored_merges,
 )
-"""How the Llama 3 vocabulary was trained to split text: numbers in groups of three digits."""
 
-_QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
-"""The same with single digits."""
+_SPACE = "\u2581"
+"""What stands for a space in vocabularies that are not byte-level."""
 
+_SPACED_BPE = frozenset({"gemma4", "sarvam-moe"})
+"""`tokenizer.ggml.pre` of BPE vocabularies that are not byte-level."""
 
-def _byte_level(*, use_regex: bool) -> dict[str, object]:
-    """Bytes to printable characters; `use_regex` splits by GPT-2's pattern first."""
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": False,
-        "use_regex": use_regex,
-    }
-
-
-def _split(pattern: str) -> dict[str, object]:
-    return {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-
-
-_DIGITS: dict[str, object] = {"type": "Digits", "individual_digits": True}
-
-PRE_TOKENIZERS: dict[str, list[dict[str, object]]] = {
-    "gpt2": [_byte_level(use_regex=True)],
-    "gpt-2": [_byte_level(use_regex=True)],
-    "smollm": [_DIGITS, _byte_level(use_regex=True)],
-    "llama-bpe": [_split(_LLAMA3_WORDS), _byte_level(use_regex=False)],
-    "llama3": [_split(_LLAMA3_WORDS), _byte_level(use_regex=False)],
-    "qwen2": [_split(_QWEN2_WORDS), _byte_level(use_regex=False)],
-}
-"""How text is split before merging, by `tokenizer.ggml.pre`."""
-
-_WITH_BOS = frozenset({"llama-bpe", "llama3"})
-"""Vocabularies whose texts begin with the bos token unless the file says otherwise."""
-
-_WHOLE_WORDS_FIRST = frozenset({"llama-bpe", "llama3"})
-"""Vocabularies in which a word that is a token itself is not merged from its parts."""
-
-_COMPOSED = frozenset({"qwen2"})
-"""Vocabularies whose texts are brought to Unicode's composed form (NFC) first."""
-
-_CONTROL, _USER_DEFINED = 3, 4
-"""Token types of the format that are never made of other tokens: special ones, and whole words."""
+_TEMPLATE = "tokenizer.chat_template"
 
 
 def tokenizer_json(header: GgufHeader) -> dict[str, object]:
@@ -70,37 +40,27 @@ def tokenizer_json(header: GgufHeader) -> dict[str, object]:
     Raises:
         ModelRefused: The vocabulary is of another kind or split, or contradicts itself.
     """
-    pre = _pre_tokenizer(header)
-    tokens = header.texts("tokenizer.ggml.tokens")
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        raise ModelRefused(f"{header.path.name}: a token is in the vocabulary twice")
+    kind = _kind(header)
+    vocabulary = read_vocabulary(header)
+    match kind:
+        case "llama":
+            parts = _scored(header, vocabulary)
+        case "gemma4":
+            parts = _spaced(header, vocabulary)
+        case _:
+            parts = _byte_level(header, vocabulary)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": _added_tokens(header, tokens),
-        "normalizer": {"type": "NFC"} if pre in _COMPOSED else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
-        "post_processor": _post_processor(header, tokens),
-        "decoder": _byte_level(use_regex=True),
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": pre in _WHOLE_WORDS_FIRST,
-            "vocab": vocabulary,
-            "merges": _merges(header, vocabulary),
-        },
+        "added_tokens": list(_added_tokens(header, vocabulary)),
+        "post_processor": _post_processor(header, vocabulary),
+        **parts,
     }
 
 
 def tokenizer_config(header: GgufHeader) -> dict[str, object]:
-    """Return the contents of tokenizer_config.json: special tokens, chat template, context length.
+    """Return the contents of tokenizer_config.json: special tokens, templates, context length.
 
     Raises:
         ModelRefused: As for `tokenizer_json`, or a special token lies outside the vocabulary.
@@ -116,94 +76,177 @@ def tokenizer_config(header: GgufHeader) -> dict[str, object]:
         token_id = special_token_id(header, theirs)
         if token_id is not None:
             config[f"{ours}_token"] = tokens[token_id]
-    template = header.text("tokenizer.chat_template", "")
-    if template:
+    template = header.text(_TEMPLATE, "")
+    named = [
+        {"name": key.removeprefix(f"{_TEMPLATE}."), "template": header.text(key)}
+        for key in header.metadata
+        if key.startswith(f"{_TEMPLATE}.")
+    ]
+    if named:
+        default = [{"name": "default", "template": template}] if template else []
+        config["chat_template"] = default + named
+    elif template:
         config["chat_template"] = template
     return config
 
 
-def special_token_id(header: GgufHeader, role: str) -> int | None:
-    """Return the id of the "bos", "eos", "eot", "unknown" or "padding" token, None where unset.
-
-    Raises:
-        ModelRefused: The id lies outside the vocabulary.
-    """
-    key = f"tokenizer.ggml.{role}_token_id"
-    if key not in header.metadata:
-        return None
-    token_id = header.integer(key)
-    count = len(header.texts("tokenizer.ggml.tokens"))
-    if not 0 <= token_id < count:
-        raise ModelRefused(f"{header.path.name}: {key} is {token_id}, there are {count} tokens")
-    return token_id
-
-
-def _pre_tokenizer(header: GgufHeader) -> str:
-    """The name of the vocabulary's way to split text, known to be one of ours."""
+def _kind(header: GgufHeader) -> str:
+    """How the vocabulary works: "gpt2" (byte-level BPE), "llama" (scores) or "gemma4"."""
     model = header.text("tokenizer.ggml.model")
-    if model != "gpt2":
+    if model not in ("gpt2", "llama", "gemma4"):
         raise ModelRefused(
             f"{header.path.name}: tokenizer {model!r:.40} cannot be converted (only 'gpt2', "
-            "that is byte-level BPE); use the model's safetensors folder"
+            "'llama' and 'gemma4'); use the model's safetensors folder"
         )
+    if model != "gpt2":
+        return model
     pre = header.text("tokenizer.ggml.pre")
-    if pre not in PRE_TOKENIZERS:
+    if pre in _SPACED_BPE:
+        return "gemma4"
+    if pre not in SPLITS:
         raise ModelRefused(
             f"{header.path.name}: text splitting {pre!r:.40} is unknown (known: "
-            f"{', '.join(PRE_TOKENIZERS)}); use the model's safetensors folder"
+            f"{', '.join(sorted(SPLITS))}); use the model's safetensors folder"
         )
-    return pre
+    return model
 
 
-def _added_tokens(header: GgufHeader, tokens: tuple[str, ...]) -> list[dict[str, object]]:
-    types = header.integers("tokenizer.ggml.token_type", (1,) * len(tokens))
-    if len(types) != len(tokens):
-        raise ModelRefused(f"{header.path.name}: {len(tokens)} tokens but {len(types)} types")
-    return [
-        {
+def _byte_level(header: GgufHeader, vocabulary: Vocabulary) -> dict[str, object]:
+    split = SPLITS[header.text("tokenizer.ggml.pre")]
+    return {
+        "normalizer": {"type": "NFC"} if split.is_composed else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(split.steps)},
+        "decoder": byte_level(use_regex=True),
+        "model": _bpe(
+            vocabulary, listed_merges(header, vocabulary), takes_whole_words=split.takes_whole_words
+        ),
+    }
+
+
+def _scored(header: GgufHeader, vocabulary: Vocabulary) -> dict[str, object]:
+    """SentencePiece's: text after a special token begins with a space, as llama.cpp has it too."""
+    has_prefix = header.flag("tokenizer.ggml.add_space_prefix", True)
+    prefix: list[Step] = [{"type": "Prepend", "prepend": _SPACE}] if has_prefix else []
+    strip: list[Step] = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*prefix, _replace(" ", _SPACE)]},
+        "pre_tokenizer": None,
+        "decoder": _spaced_decoder(*(strip if has_prefix else [])),
+        "model": _bpe(
+            vocabulary,
+            scored_merges(header, vocabulary),
+            unknown=special_token_id(header, "unknown"),
+            falls_back_to_bytes=True,
+        ),
+    }
+
+
+def _spaced(header: GgufHeader, vocabulary: Vocabulary) -> dict[str, object]:
+    return {
+        "normalizer": _replace(" ", _SPACE),
+        "pre_tokenizer": cut_at(r"[^\n]+|[\n]+"),
+        "decoder": _spaced_decoder(),
+        "model": _bpe(
+            vocabulary,
+            listed_merges(header, vocabulary),
+            unknown=special_token_id(header, "unknown"),
+            falls_back_to_bytes=True,
+        ),
+    }
+
+
+def _replace(old: str, new: str) -> Step:
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+
+def _spaced_decoder(*more: Step) -> Step:
+    steps = [_replace(_SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *more]
+    return {"type": "Sequence", "decoders": steps}
+
+
+def _bpe(
+    vocabulary: Vocabulary,
+    merges: Sequence[Merge],
+    *,
+    takes_whole_words: bool = False,
+    unknown: int | None = None,
+    falls_back_to_bytes: bool = False,
+) -> dict[str, object]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None if unknown is None else vocabulary.tokens[unknown],
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": falls_back_to_bytes,
+        "byte_fallback": falls_back_to_bytes,
+        "ignore_merges": takes_whole_words,
+        "vocab": dict(vocabulary.ids),
+        "merges": merges,
+    }
+
+
+def _added_tokens(header: GgufHeader, vocabulary: Vocabulary) -> Iterator[dict[str, object]]:
+    """The tokens that are looked for in a text before it is cut, by id."""
+    name = header.text("general.name", "").lower()
+    # Phi 3's template ends a turn's first line after its role; the model never saw that line's end.
+    takes_spaces = "phi-3" in name or "phi3" in name
+    # Gemma 4's runs of newlines are tokens that no merges come to: one of each length up to 31.
+    runs_of_lines = (
+        [index for text, index in vocabulary.ids.items() if text[1:] and not text.strip("\n")]
+        if _kind(header) == "gemma4" and header.text("tokenizer.ggml.pre", "") != "sarvam-moe"
+        else []
+    )
+    wanted = {*vocabulary.of_types(UNKNOWN, CONTROL, USER_DEFINED), *runs_of_lines}
+    for index in sorted(wanted):
+        text = vocabulary.tokens[index]
+        yield {
             "id": index,
-            "content": tokens[index],
+            "content": text,
             "single_word": False,
             "lstrip": False,
-            "rstrip": False,
+            "rstrip": takes_spaces and text not in ("<unk>", "<s>", "<|endoftext|>"),
             "normalized": False,
-            "special": kind == _CONTROL,
+            "special": vocabulary.types[index] in (UNKNOWN, CONTROL),
         }
-        for index, kind in enumerate(types)
-        if kind in (_CONTROL, _USER_DEFINED)
-    ]
-
-
-def _merges(header: GgufHeader, vocabulary: dict[str, int]) -> list[list[str]]:
-    """The merges as pairs; each must make a token of two tokens."""
-    pairs: list[list[str]] = []
-    for merge in header.texts("tokenizer.ggml.merges"):
-        left, _, right = merge.partition(" ")
-        if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
-            raise ModelRefused(f"{header.path.name}: merge {merge!r:.80} is not of known tokens")
-        pairs.append([left, right])
-    return pairs
 
 
 def _adds_bos(header: GgufHeader) -> bool:
-    return header.flag("tokenizer.ggml.add_bos_token", _pre_tokenizer(header) in _WITH_BOS)
+    key = "tokenizer.ggml.add_bos_token"
+    pre = header.text("tokenizer.ggml.pre", "")
+    match _kind(header):
+        case "gemma4":
+            # Gemma 4's files say no and mean yes, as llama.cpp has it.
+            return pre != "sarvam-moe" or header.flag(key, False)
+        case "llama":
+            return header.flag(key, True)
+        case _:
+            return header.flag(key, SPLITS[pre].begins_with_bos)
 
 
-def _post_processor(header: GgufHeader, tokens: tuple[str, ...]) -> dict[str, object]:
-    """Put the bos token first where the vocabulary wants it, else only restore offsets."""
-    bos = special_token_id(header, "bos")
-    if bos is None or not _adds_bos(header):
-        return _byte_level(use_regex=True)
-    first: dict[str, object] = {"SpecialToken": {"id": tokens[bos], "type_id": 0}}
+def _post_processor(header: GgufHeader, vocabulary: Vocabulary) -> Step | None:
+    """Put bos and eos tokens where the vocabulary wants them."""
+    bos, eos = special_token_id(header, "bos"), special_token_id(header, "eos")
+    ends = (
+        bos if _adds_bos(header) else None,
+        eos if header.flag("tokenizer.ggml.add_eos_token", False) else None,
+    )
+    if ends == (None, None):
+        return byte_level(use_regex=True) if _kind(header) == "gpt2" else None
+    before, after = (
+        []
+        if token_id is None
+        else [{"SpecialToken": {"id": vocabulary.tokens[token_id], "type_id": 0}}]
+        for token_id in ends
+    )
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    named = {vocabulary.tokens[token_id]: token_id for token_id in ends if token_id is not None}
     return {
         "type": "TemplateProcessing",
-        "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [
-            first,
-            {"Sequence": {"id": "A", "type_id": 0}},
-            {"Sequence": {"id": "B", "type_id": 0}},
-        ],
+        "single": [*before, first, *after],
+        "pair": [*before, first, second, *after],
         "special_tokens": {
-            tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]},
+            text: {"id": text, "ids": [token_id], "tokens": [text]}
+            for text, token_id in named.items()
         },
     }

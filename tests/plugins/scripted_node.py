@@ -243,7 +243,9 @@ class ScriptedNode:
         await self._play(on_progress)
         return VIEW
 
-    async def pull(self, model: str, *, on_progress: Callable[[Progress], None]) -> ModelStatus:
+    async def pull(
+        self, model: str, *, layers: object, on_progress: Callable[[Progress], None]
+    ) -> ModelStatus:
         await self._play(on_progress)
         return self.models()[0]
 

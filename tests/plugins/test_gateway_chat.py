@@ -189,7 +189,7 @@ def test_the_default_models_prompt_is_the_known_one(smollm2: tuple[ChatFormat, T
     text = chat_format.codec.decode(ids, with_special=True)
     assert text == SYSTEM + filled("What is the capital of France?")
     assert specials(ids) == [1, 2, 1, 2, 1]
-    assert list(chat_format.stop_ids) == [2]
+    assert list(chat_format.stop_ids) == [0, 2, 4]  # end of text, of a turn, and of a file
 
 
 @pytest.mark.model

@@ -31,6 +31,7 @@ MSGSPEC_DECODERS = {
 
 LOCAL_DECODERS = {
     "swarmpy/proto/wire.py": "the one way in for what peers say",
+    "swarmpy/plugins/llama/quantize.py": "the lines of a child process of its own",
     "swarmpy/shards/catalog.py": "this machine's own index",
     "swarmpy/shards/manifest.py": "this machine's own hashes",
     "swarmpy/shards/partial.py": "this machine's own list of what is here of a model",

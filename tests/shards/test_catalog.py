@@ -414,3 +414,45 @@ def test_the_default_model_is_listed_as_it_is_known(default_entry: ModelEntry) -
         8192,
         "apache-2.0",
     )
+
+
+# Names of one's own -----------------------------------------------------------------------------
+
+
+async def test_a_renamed_model_is_found_by_its_new_name_and_keeps_it(tmp_path: Path) -> None:
+    catalog = catalog_of(tmp_path)
+    entry = await catalog.pull("tiny")
+
+    renamed = await catalog.rename("tiny", "house-model")
+
+    assert (renamed.name, renamed.model_id) == ("house-model", entry.model_id)
+    assert names_of(catalog_of(tmp_path)) == ["house-model"]
+    assert (await catalog.verify(renamed)).name == "house-model"
+
+
+@pytest.mark.parametrize("name", ["", "House", "a b", "../x", "-x", "n" * 101])
+async def test_a_name_that_is_no_plain_word_is_refused(tmp_path: Path, name: str) -> None:
+    catalog = catalog_of(tmp_path)
+    await catalog.pull("tiny")
+
+    with pytest.raises(ModelRefused, match="is no name for a model"):
+        await catalog.rename("tiny", name)
+
+    assert names_of(catalog) == ["tiny"]
+
+
+async def test_a_name_that_is_taken_or_a_sources_is_refused(tmp_path: Path) -> None:
+    catalog = catalog_of(tmp_path)
+    await catalog.pull(str(write_model_folder(tmp_path / "one")))
+    await catalog.pull(str(write_model_folder(tmp_path / "two", config={"place": "two"})))
+
+    for name in ("two", "tiny"):
+        with pytest.raises(ModelRefused, match="is another model's name"):
+            await catalog.rename("one", name)
+
+    assert names_of(catalog) == ["one", "two"]
+
+
+async def test_a_model_that_is_not_listed_cannot_be_renamed(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound):
+        await catalog_of(tmp_path).rename("nothing", "something")

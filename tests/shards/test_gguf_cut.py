@@ -18,14 +18,15 @@ from shard_files import Value, gguf_bytes, gguf_header, gguf_tensor, llama_gguf
 from swarmpy.errors import ConfigError, ModelRefused
 from swarmpy.shards.gguf import GgmlType, GgufHeader, GgufTensor, parse_header, read_header
 from swarmpy.shards.gguf_cut import (
-    ALIGNMENT,
     UNUSED_ROWS,
     GgufCut,
     Piece,
     cut_layers,
+    is_separable,
     layer_count,
     write_cut,
 )
+from swarmpy.shards.gguf_write import ALIGNMENT
 from swarmpy.shards.safetensors import tensor_bytes
 
 VOCABULARY, WIDTH = 40, 64
@@ -354,8 +355,10 @@ def test_an_architecture_without_windows_gets_no_pattern() -> None:
         ("gemma2", 50, 2, 48),
         ("gemma3", 62, 6, 12),
         ("exaone4", 64, 0, 32),
+        ("command-r", 64, 0, 32),
         ("deepseek2", 27, 0, 9),
         ("deepseek2", 61, 0, 26),
+        ("mistral4", 36, 9, 36),
         ("baichuan", 32, 0, 16),
         ("minicpm3", 5, 0, 2),
     ],
@@ -363,19 +366,49 @@ def test_an_architecture_without_windows_gets_no_pattern() -> None:
 def test_a_model_known_by_its_depth_is_not_cut_across_it(
     architecture: str, layers: int, start: int, end: int
 ) -> None:
-    with pytest.raises(ModelRefused, match="by their number of layers"):
+    with pytest.raises(ModelRefused, match=r"by their number"):
         cut_metadata(layers, start, end, architecture)
+    assert not is_separable(model(metadata(layers, architecture), tensors(layers)), end - start)
 
 
 def test_a_model_known_by_its_depth_runs_whole() -> None:
     assert cut_metadata(46, 0, 46, "gemma2").integer("gemma2.block_count") == 46
 
 
-def test_a_default_that_depends_on_the_depth_is_refused() -> None:
-    with pytest.raises(ModelRefused, match=r"has no minicpm.residual_scale"):
-        cut_metadata(4, 0, 2, "minicpm")
+def test_a_default_that_depends_on_the_depth_is_written_out() -> None:
+    """Goal: 2 of 4 layers add with the scale of 4, 1.4 / 2."""
+    part = cut_metadata(4, 0, 2, "minicpm")
+    stated = cut_metadata(4, 0, 2, "minicpm", residual_scale=0.5)
 
-    assert cut_metadata(4, 0, 2, "minicpm", residual_scale=0.5)
+    assert part.number("minicpm.residual_scale") == pytest.approx(0.7)
+    assert stated.number("minicpm.residual_scale") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("layers", "vocabulary", "own", "expected"),
+    [
+        (27, VOCABULARY, {}, 1),
+        (47, VOCABULARY, {}, 1),
+        (47, 154_880, {}, 2),
+        (47, 154_880, {"expert_gating_func": 1}, 1),
+    ],
+)
+def test_a_part_of_deepseek2_is_told_what_its_depth_would_not_say(
+    layers: int, vocabulary: int, own: Mapping[str, Value], expected: int
+) -> None:
+    """Queries of no low rank, and how experts are chosen."""
+    file = {
+        **tensors(layers),
+        "token_embd.weight": (GgmlType.F16, (vocabulary, 1), bytes(2 * vocabulary)),
+    }
+    file |= {"blk.0.attn_q.weight": (GgmlType.F32, (2,), bytes(8))}
+    del file["output.weight"], file["output.bias"]
+    whole = model(metadata(layers, "deepseek2", **own), file)
+
+    part = header_of(cut_layers(whole, 0, 26))
+
+    assert part.integer("deepseek2.attention.q_lora_rank") == 0
+    assert part.integer("deepseek2.expert_gating_func") == expected
 
 
 @pytest.mark.parametrize(

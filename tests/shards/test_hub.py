@@ -380,7 +380,7 @@ def test_the_command_line_pulls_layers_and_shows_what_is_here(
     listed = run("models", "list")
     known = json.loads(run("models", "list", "--json"))
 
-    assert "tiny: layers 0-1, 148 kB of 296 kB" in pulled
+    assert "Tiny (F32): layers 0-1, 148 kB of 296 kB" in pulled
     assert "layers 0-1, 148 kB" in listed
     assert "layers          layers 0-1, 148 kB" in run("models", "show", "tiny")
     assert known["models"][0]["layers"] == [[0, 2]]
@@ -391,7 +391,7 @@ def test_the_command_line_pulls_headers_alone(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
 
-    assert "tiny: headers, " in run("models", "pull", "ann/tiny", "--layers", "none")
+    assert "Tiny (F32): headers, " in run("models", "pull", "ann/tiny", "--layers", "none")
 
 
 def test_the_command_line_fetches_the_rest(
@@ -411,7 +411,7 @@ def test_the_command_line_takes_a_file_of_the_hub_for_no_path(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", gguf_hub.url)
 
-    assert "tiny-F32: " in run("models", "pull", "ann/tiny:tiny-F32.gguf")
+    assert "Tiny (F32): " in run("models", "pull", "ann/tiny:tiny-F32.gguf")
 
 
 @pytest.mark.parametrize("layers", ["", "a", "3-1", "1-", "-1"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from shard_files import Value, byte_letters, gguf_bytes, vocabulary
 from tokenizers import Tokenizer
 
 from swarmpy.errors import ModelRefused
+from swarmpy.shards import vocabularies
 from swarmpy.shards.gguf import GgufHeader, parse_header
+from swarmpy.shards.special_tokens import end_ids
+from swarmpy.shards.text_splits import SPLITS
 from swarmpy.shards.tokenizer_files import tokenizer_config, tokenizer_json
 
 
@@ -102,17 +106,91 @@ def test_the_configuration_names_special_tokens_and_template() -> None:
     }
 
 
+def scored() -> dict[str, Value]:
+    """Metadata of a SentencePiece vocabulary: "<unk>", bos, eos, bytes, and words of a and b."""
+    pieces = ["\u2581", "a", "b", "\u2581a", "ab", "\u2581ab", "aba"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
+        "tokenizer.ggml.scores": [0.0] * 259 + [-50.0, -51.0, -52.0, -1.0, -2.0, -3.0, -4.0],
+    }
+
+
+def test_pieces_are_joined_in_the_order_of_their_scores() -> None:
+    tokenizer = load(header_of(scored()))
+
+    assert tokenizer.encode("aba").tokens == ["<s>", "\u2581ab", "a"]
+    assert tokenizer.encode("b aba", add_special_tokens=False).tokens == [
+        "\u2581",
+        "b",
+        "\u2581ab",
+        "a",
+    ]
+
+
+def test_a_character_that_is_no_piece_becomes_its_bytes_and_comes_back() -> None:
+    tokenizer = load(header_of(scored()))
+    ids = tokenizer.encode("a\u00e9").ids
+
+    assert tokenizer.encode("a\u00e9").tokens == ["<s>", "\u2581a", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(ids) == "a\u00e9"
+
+
+def test_a_vocabulary_of_scores_has_the_formats_own_bos_eos_and_unknown() -> None:
+    config = tokenizer_config(header_of(scored()))
+
+    assert (config["bos_token"], config["eos_token"], config["unk_token"]) == (
+        "<s>",
+        "</s>",
+        "<unk>",
+    )
+
+
+def test_templates_with_names_are_listed_beside_the_default_one() -> None:
+    metadata = vocabulary() | {"tokenizer.chat_template.tool_use": "tools"}
+
+    assert tokenizer_config(header_of(metadata))["chat_template"] == [
+        {"name": "default", "template": "{% for m in messages %}{{ m.content }}{% endfor %}"},
+        {"name": "tool_use", "template": "tools"},
+    ]
+
+
+def test_only_a_model_that_was_trained_so_loses_spaces_after_special_tokens() -> None:
+    metadata = vocabulary() | {"general.name": "Phi-3 mini"}
+
+    assert load(header_of(metadata)).encode("<|end|>\n hello").ids == [1, 261]
+    assert load(header_of(vocabulary())).encode("<|end|>\n hello").ids != [1, 261]
+
+
+def test_a_token_without_text_is_no_obstacle() -> None:
+    metadata = vocabulary()
+    tokens = [*metadata["tokenizer.ggml.tokens"], ""]  # type: ignore[misc]
+    metadata |= {"tokenizer.ggml.tokens": tokens}
+    metadata |= {"tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2)}
+
+    assert load(header_of(metadata)).id_to_token(262) == "[EMPTY_262]"
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer 'llama' cannot be converted"),
-        ({"tokenizer.ggml.pre": "tekken"}, "text splitting 'tekken' is unknown"),
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer 'bert' cannot be converted"),
+        ({"tokenizer.ggml.pre": "afmoe"}, "text splitting 'afmoe' is unknown"),
         ({"tokenizer.ggml.tokens": ["a", "a"]}, "in the vocabulary twice"),
+        ({"tokenizer.ggml.tokens": [["a"], ["b"]]}, "expected array of str"),
+        ({"tokenizer.ggml.tokens": []}, "0 tokens but 262 types"),
         ({"tokenizer.ggml.token_type": [1]}, "262 tokens but 1 types"),
+        ({"tokenizer.ggml.token_type": [1.5] * 262}, "expected array of int"),
         ({"tokenizer.ggml.merges": ["h z"]}, "merge 'h z' is not of known tokens"),
         ({"tokenizer.ggml.merges": ["hello"]}, "merge 'hello' is not of known tokens"),
+        ({"tokenizer.ggml.merges": [" hello"]}, "merge ' hello' is not of known tokens"),
+        ({"tokenizer.ggml.merges": [""]}, "merge '' is not of known tokens"),
+        ({"tokenizer.ggml.merges": [["h", "e"]]}, "expected array of str"),
         ({"tokenizer.ggml.bos_token_id": 262}, "bos_token_id is 262, there are 262 tokens"),
         ({"tokenizer.ggml.bos_token_id": -1}, "bos_token_id is -1"),
+        ({"tokenizer.ggml.eos_token_id": 1 << 40}, "eos_token_id is 1099511627776"),
     ],
 )
 def test_a_vocabulary_that_would_be_converted_wrongly_is_refused(
@@ -120,6 +198,111 @@ def test_a_vocabulary_that_would_be_converted_wrongly_is_refused(
 ) -> None:
     with pytest.raises(ModelRefused, match=reason):
         tokenizer_json(header_of(vocabulary() | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tokenizer.ggml.scores": [0.0]}, "266 tokens but 1 scores"),
+        ({"tokenizer.ggml.scores": ["0"] * 266}, "expected array of float"),
+        ({"tokenizer.ggml.scores": [0.0] * 265 + [math.nan]}, "no finite number"),
+        ({"tokenizer.ggml.scores": [0.0] * 265 + [-math.inf]}, "no finite number"),
+        ({"tokenizer.ggml.scores": [-1000] * 266}, "have the same score"),
+        ({"tokenizer.ggml.unknown_token_id": 266}, "unknown_token_id is 266"),
+        ({"tokenizer.ggml.add_space_prefix": 1}, "expected bool"),
+    ],
+)
+def test_scores_that_say_no_order_are_refused(change: dict[str, Value], reason: str) -> None:
+    with pytest.raises(ModelRefused, match=reason):
+        tokenizer_json(header_of(scored() | change))
+
+
+def with_piece(piece: str) -> dict[str, Value]:
+    """The scored vocabulary with one more piece."""
+    metadata = scored()
+    tokens, types, scores = (
+        list(metadata[f"tokenizer.ggml.{key}"])  # type: ignore[arg-type]
+        for key in ("tokens", "token_type", "scores")
+    )
+    return metadata | {
+        "tokenizer.ggml.tokens": [*tokens, piece],
+        "tokenizer.ggml.token_type": [*types, 1],
+        "tokenizer.ggml.scores": [*scores, -9.0],
+    }
+
+
+def test_a_piece_of_a_character_that_is_no_piece_is_refused() -> None:
+    """SentencePiece would join it; the tokenizers library sees bytes there."""
+    with pytest.raises(ModelRefused, match="token 'ax' has a character that is no token"):
+        tokenizer_json(header_of(with_piece("ax")))
+
+
+def test_a_piece_that_would_take_long_to_cut_is_refused() -> None:
+    with pytest.raises(ModelRefused, match="a token has 1000 characters"):
+        tokenizer_json(header_of(with_piece("a" * 1000)))
+
+
+def test_pieces_that_cut_in_too_many_ways_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabularies, "MERGES_MAX", 4)
+
+    with pytest.raises(ModelRefused, match="more than 4 merges"):
+        tokenizer_json(header_of(scored()))
+
+
+def test_more_special_tokens_than_can_be_looked_for_are_refused() -> None:
+    count = vocabularies.ADDED_TOKENS_MAX + 1
+    metadata = vocabulary() | {
+        "tokenizer.ggml.tokens": [f"<{index}>" for index in range(count)],
+        "tokenizer.ggml.token_type": [3] * count,
+    }
+
+    with pytest.raises(ModelRefused, match="65537 special tokens, at most 65536"):
+        tokenizer_json(header_of(metadata))
+
+
+def test_a_text_that_ends_replies_is_a_special_token_whatever_its_type() -> None:
+    """Else a user's text could end the reply, and the model's own end would be shown."""
+    metadata = vocabulary() | {"tokenizer.ggml.token_type": [1] * 262}
+
+    added = load(header_of(metadata)).get_added_tokens_decoder()
+
+    assert {token_id: token.special for token_id, token in added.items()} == {1: True}
+
+
+def test_a_file_may_name_several_end_tokens() -> None:
+    header = header_of(vocabulary() | {"tokenizer.ggml.eos_token_ids": [0, 5]})
+
+    assert end_ids(header) == {0, 1, 5}
+
+
+@pytest.mark.parametrize("ids", [[262], [-1]])
+def test_an_end_token_outside_the_vocabulary_is_refused(ids: list[int]) -> None:
+    with pytest.raises(ModelRefused, match="out of range"):
+        end_ids(header_of(vocabulary() | {"tokenizer.ggml.eos_token_ids": ids}))
+
+
+def test_every_split_stands_in_the_spec() -> None:
+    spec = Path(__file__).parents[2] / "protocols" / "manifest.md"
+    text = spec.read_text(encoding="utf-8")
+
+    assert [name for name in SPLITS if f"`{name}`" not in text] == []
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "name", sorted({id(split): name for name, split in SPLITS.items()}.values())
+)
+def test_a_long_run_of_anything_is_cut_in_linear_time(name: str) -> None:
+    """A pattern that looks far ahead from each place would take hours for what a user may send.
+
+    Method: runs that take a second, and with a quadratic pattern minutes.
+    """
+    splitter = load(header_of(vocabulary(name))).pre_tokenizer
+
+    for unit in " aA1\u0661.\n'\u4e2d\u0301\u3000":
+        text = unit * 50_000 + "x1"
+        words = splitter.pre_tokenize_str(text)
+        assert sum(end - start for _, (start, end) in words) == len(text)
 
 
 def test_a_missing_word_on_how_to_split_text_is_refused() -> None:

@@ -23,6 +23,7 @@ from swarmpy.plugins.gateway.bodies import (
     InviteRequest,
     ModelRequest,
     PullRequest,
+    RenameRequest,
     RevokeRequest,
 )
 from swarmpy.plugins.gateway.errors import INTERNAL, SHUTTING_DOWN, Refusal, refusal_of
@@ -58,6 +59,10 @@ def add_routes(app: FastAPI, node: Node) -> None:
             lambda progress: node.pull(body.model, layers=body.layers, on_progress=progress),
             node.wait_stopping,
         )
+
+    @app.post("/admin/models/rename")
+    async def rename(body: RenameRequest) -> Response:
+        return json_response(await node.rename(body.model, body.name))
 
     @app.post("/admin/prepare")
     async def prepare(body: ModelRequest) -> TaskResponse:

@@ -188,6 +188,12 @@ class PullRequest(ModelRequest):
     layers: tuple[Layer, Layer] | None = None
 
 
+class RenameRequest(ModelRequest):
+    """The body of `POST /admin/models/rename`."""
+
+    name: str = Field(min_length=1, max_length=100)
+
+
 class InviteRequest(_Body):
     """The body of `POST /admin/invites`."""
 

@@ -41,7 +41,8 @@ from swarmpy.shards.refusals import (
     read_bytes,
     read_json,
 )
-from swarmpy.shards.tokenizer_files import special_token_id, tokenizer_config, tokenizer_json
+from swarmpy.shards.special_tokens import end_ids
+from swarmpy.shards.tokenizer_files import tokenizer_config, tokenizer_json
 
 T = TypeVar("T")
 
@@ -245,12 +246,11 @@ def _read_folder(path: Path) -> ChatFiles:
 def _read_gguf(path: Path) -> ChatFiles:
     header = gguf.read_header(path)
     config = tokenizer_config(header)
-    ends = [special_token_id(header, role) for role in ("eos", "eot")]
     return ChatFiles(
         tokenizer_json=json.dumps(tokenizer_json(header)),
         template=_template_of(config, path.name),
         special_tokens=_special_tokens(config),
-        stop_ids=frozenset(_token_ids(ends)),
+        stop_ids=end_ids(header),
     )
 
 
