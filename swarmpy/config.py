@@ -172,6 +172,10 @@ class ModelsConfig:
     """Model of a request that names none; empty: what the swarm serves, else the largest here."""
     fetch: bool = True
     """Whether this node fetches layers it is to load of models that it has in part."""
+    preload: tuple[str, ...] = ()
+    """Models whose rings are assembled when the node starts, and again when they were lost."""
+    single: bool = False
+    """Whether rings of other models are given up before one is assembled: one model at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ from swarmpy.errors import (
     ModelNotFound,
     NoPipeline,
     StageLost,
+    SwarmError,
 )
 from swarmpy.identity import Identity, PeerId
 from swarmpy.net.host import NativeHost
@@ -57,6 +58,10 @@ logger = logging.getLogger(__name__)
 
 MEMORY_SHARE = 0.75
 """Part of the available memory a node offers where no budget is set: the rest stays its owner's."""
+
+PRELOAD_PAUSE_S = 1.0
+PRELOAD_PAUSE_S_MAX = 60.0
+"""Between two tries to assemble a preloaded model's pipeline: doubled while it fails."""
 
 PORTS_FILE = "ports.json"
 """Ports of the last run: a restarted node is found at once where it was."""
@@ -124,6 +129,7 @@ class Node:
             capacities=partial(node_offers.capacities, self),
             random=environment.random,
             model_name=self.model_name,
+            is_single=config.models.single,
         )
         self._cache = PeerCache(folder / "peers.db")
         self.discovery = Discovery(
@@ -207,6 +213,8 @@ class Node:
         await nursery.start(self.membership.run)
         await nursery.start(self.discovery.run)
         self.stages.spawn(partial(node_offers.choose_engines, self))
+        for model in self.config.models.preload[: 1 if self.config.models.single else None]:
+            self.stages.spawn(partial(self._keep_loaded, model))
 
     async def _listen(self) -> None:
         """Listen where the settings say; port 0 is the port of the last run, while it is free."""
@@ -306,6 +314,24 @@ class Node:
             if not await node_members.wait_announced(self):
                 raise
             return await assemble()
+
+    async def _keep_loaded(self, model: str) -> None:
+        """Assemble a model's pipeline, and again whenever it was lost or members come that help."""
+        pause_s = PRELOAD_PAUSE_S
+        while not self._stopping.is_set():
+            try:
+                pipeline = await self._pipeline_for(model, ignore_progress)
+            except SwarmError as error:
+                logger.info("model.not_preloaded", extra={"model": model, "error": str(error)})
+                with trio.move_on_after(PRELOAD_PAUSE_S_MAX):
+                    await self.wait_members_changed()
+            else:
+                pause_s = PRELOAD_PAUSE_S
+                await pipeline.wait_closed()
+                if self.config.models.single:
+                    return  # Another model was asked for: it stays until somebody asks again.
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, PRELOAD_PAUSE_S_MAX)
 
     def _reply_closed(self, generation: Generation) -> None:
         self._replies.discard(generation)

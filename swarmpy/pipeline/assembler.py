@@ -78,10 +78,13 @@ class Assembler:
         capacities: Capacities,
         random: RandomBytes,
         model_name: Callable[[str], str] = str,
+        is_single: bool = False,
     ) -> None:
         """Args:
         random: Draws pipeline ids (`environment.random`).
         model_name: A model's name for people, by model id.
+        is_single: Whether one model is held at a time: others are given up, once their replies
+            are over, before one is assembled.
         """
         self._service = service
         self._host = service.host
@@ -89,6 +92,7 @@ class Assembler:
         self._capacities = capacities
         self._random = random
         self._model_name = model_name
+        self._is_single = is_single
         self._pipelines: dict[str, Pipeline] = {}
         self._assembling: dict[str, tuple[trio.Lock, int]] = {}
 
@@ -108,7 +112,8 @@ class Assembler:
     def ready(self, model_id: str) -> Pipeline | None:
         """The ready pipeline of a model, None where there is none or it has just been lost."""
         pipeline = self._pipelines.get(model_id)
-        return pipeline if pipeline is not None and pipeline.is_open else None
+        is_usable = pipeline is not None and pipeline.is_open and not pipeline.is_draining
+        return pipeline if is_usable else None
 
     async def pipeline_for(
         self, model_id: str, *, on_progress: Callable[[Progress], None] = _ignore
@@ -126,18 +131,28 @@ class Assembler:
         pipeline = self.ready(model_id)
         if pipeline is not None:
             return pipeline
-        lock, count = self._assembling.get(model_id, (trio.Lock(), 0))
-        self._assembling[model_id] = (lock, count + 1)
+        key = "" if self._is_single else model_id
+        lock, count = self._assembling.get(key, (trio.Lock(), 0))
+        self._assembling[key] = (lock, count + 1)
         try:
             async with lock:
                 pipeline = self.ready(model_id)
                 if pipeline is None:
+                    if self._is_single:
+                        await self._give_up_others(on_progress)
                     pipeline = await self._assemble(model_id, on_progress)
                 return pipeline
         finally:
-            lock, count = self._assembling.pop(model_id)
+            lock, count = self._assembling.pop(key)
             if count > 1:
-                self._assembling[model_id] = (lock, count - 1)
+                self._assembling[key] = (lock, count - 1)
+
+    async def _give_up_others(self, progress: Callable[[Progress], None]) -> None:
+        """Give up every pipeline there is, once its replies are over."""
+        for pipeline in list(self._pipelines.values()):
+            step = f"waiting for replies of {pipeline.model}"
+            progress(Progress(step=step, done=0, total=0, unit=""))
+            await pipeline.drain(StageLost("it made room for another model (models.single)"))
 
     async def plan_for(self, model_id: str) -> Plan:
         """Return the plan that an assembly would begin with; nobody is asked to load anything.

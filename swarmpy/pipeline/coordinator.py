@@ -249,6 +249,10 @@ class Pipeline:
         slots = min(client.loaded.slots for client in clients if client.loaded is not None)
         self._slots = trio.Semaphore(slots)
         self._closed = trio.Event()
+        self._idle = trio.Event()
+        """Set once the last session of a draining pipeline is over."""
+        self.is_draining = False
+        """Whether it is given up as soon as its sessions are over; it takes no new ones."""
         self.audience = Audience((service.peer, *plan.ring))
         """All that may be sent anything of a session here."""
         service.listen(pipeline_id, plan.ring[-1], self._token_received)
@@ -256,6 +260,17 @@ class Pipeline:
     @property
     def is_open(self) -> bool:
         return not self._closed.is_set()
+
+    async def wait_closed(self) -> None:
+        """Wait until the pipeline is lost or given up."""
+        await self._closed.wait()
+
+    async def drain(self, error: SwarmError) -> None:
+        """Let the sessions that run finish, then close with `error`."""
+        self.is_draining = True
+        if self._sessions:
+            await self._idle.wait()
+        self.close(error)
 
     @property
     def service(self) -> StageService:
@@ -331,6 +346,7 @@ class Pipeline:
             return
         self.error = error
         self._closed.set()
+        self._idle.set()
         for session in list(self._sessions.values()):
             session.fail(error)
         for _ in range(self._slots.statistics().tasks_waiting):
@@ -426,6 +442,8 @@ class Pipeline:
         for client in self.clients:
             client.close_session(session.id)
         self._slots.release()
+        if self.is_draining and not self._sessions:
+            self._idle.set()
 
     def prompt_edge(self, session: bytes) -> OutEdge | None:
         """A stream for a session's prompt to the first stage; None where that is this node."""

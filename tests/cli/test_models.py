@@ -96,6 +96,20 @@ def test_a_path_is_made_absolute_because_the_node_runs_elsewhere(path: str) -> N
     assert Path(from_here(path)).is_absolute()
 
 
+def test_a_model_gets_a_name_of_ones_own(swarmpy: Swarmpy, tmp_path: Path) -> None:
+    model = write_echo_model(tmp_path / "echo")
+
+    pulled = swarmpy("models", "pull", str(model), "--as", "house", "--json").document
+    renamed = swarmpy("models", "rename", "house", "home")
+    refused = swarmpy("models", "rename", "home", "Not A Name")
+
+    assert pulled["name"] == "house"
+    assert (renamed.code, renamed.output) == (0, "Echo (F32) is home now\n")
+    assert refused.code == 1
+    assert "not-a-name" in refused.errors
+    assert swarmpy("models", "show", "home", "--json").document["model_id"] == pulled["model_id"]
+
+
 def test_models_are_pulled_listed_and_shown_without_a_node(
     swarmpy: Swarmpy, tmp_path: Path
 ) -> None:

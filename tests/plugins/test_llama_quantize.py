@@ -241,7 +241,7 @@ async def test_a_quantised_model_is_listed_beside_its_original(
 
     entry = made.entry
     assert made == Quantized(entry=catalog.find("llama-q8_0"), is_new=True)
-    assert (entry.display_name, entry.quantization) == ("llama (Q8_0)", "Q8_0")
+    assert (entry.display_name, entry.quantization) == ("Llama (Q8_0)", "Q8_0")
     assert entry.derived_from == original.model_id != entry.model_id
     assert (original.derived_from, catalog.find("llama")) == ("", original)
     assert tiny["llama"].read_bytes() == before
