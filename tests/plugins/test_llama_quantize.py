@@ -246,7 +246,7 @@ async def test_a_quantised_model_is_listed_beside_its_original(
     assert (original.derived_from, catalog.find("llama")) == ("", original)
     assert tiny["llama"].read_bytes() == before
     folder = entry.path.parent.relative_to(catalog.cache_folder)
-    assert left_over(catalog) == [str(folder), str(folder / "llama (Q8_0).gguf")]
+    assert left_over(catalog) == [str(folder), str(folder / "Llama (Q8_0).gguf")]
     steps = [(item.done, item.total) for item in told if item.step == "quantising"]
     assert steps[0][0] == 0
     assert (
