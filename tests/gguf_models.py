@@ -94,7 +94,7 @@ def _text(text: str) -> bytes:
 
 
 def _typed(value: Value) -> bytes:
-    """Return a metadata value behind its type: bool, u32, f32, string, or an array of those."""
+    """Return a metadata value behind its type: bool, u32 (i32 in arrays), f32, string, or array."""
     match value:
         case bool():
             return struct.pack("<IB", 7, value)
@@ -105,7 +105,8 @@ def _typed(value: Value) -> bytes:
         case str():
             return struct.pack("<I", 8) + _text(value)
     items = [_typed(item) for item in value]
-    head = struct.pack("<I", 9) + items[0][:4] + struct.pack("<Q", len(items))
+    kind = struct.pack("<I", 5) if type(value[0]) is int else items[0][:4]
+    head = struct.pack("<I", 9) + kind + struct.pack("<Q", len(items))
     return head + b"".join(item[4:] for item in items)
 
 
@@ -141,7 +142,9 @@ def wanted_tensors(library: Library, header: Path) -> dict[str, tuple[int, ...]]
     create.argtypes = [ctypes.c_void_p, _SetTensor, ctypes.c_void_p, ModelParams]
     create.restype = ctypes.c_void_p
     gguf = native.gguf_init_from_file(str(header).encode(), _GgufInit(True, None))
-    model = create(gguf, _SetTensor(note), None, native.llama_model_default_params())
+    params = native.llama_model_default_params()
+    params.load_mtp = True  # Else it wants some of those tensors, and asks for none.
+    model = create(gguf, _SetTensor(note), None, params)
     if not model:
         raise ValueError(f"{header.stem}: {library.last_errors()}")
     native.llama_model_free(model)

@@ -1,117 +1,270 @@
-"""A child that runs GGUF models whole and in parts, and says whether both give the same bits.
+"""A child that runs GGUF models whole and in parts, and says what differs.
 
-Its own process: llama.cpp ends it where a file or a cut does not suit it. One JSON line a cut.
+Its own process: llama.cpp ends it where a file or a cut does not suit it. One JSON line a check.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from llama_ring import Ring
 
-from swarmpy.plugins.llama.context import ContextSettings, Floats, NativeContext
-from swarmpy.plugins.llama.library import Library, find_library, open_library
+from swarmpy.abc import Inspection, StateKind
+from swarmpy.errors import RowError
+from swarmpy.plugins.llama.context import ContextSettings, NativeContext
+from swarmpy.plugins.llama.engine import LlamaEngine
+from swarmpy.plugins.llama.inspection import inspect_header
+from swarmpy.plugins.llama.library import find_library, open_library
+from swarmpy.plugins.llama.shard import EXACT_ROWS_MIN, LlamaShard
 from swarmpy.shards.gguf import read_header
-from swarmpy.shards.gguf_cut import cut_layers, layer_count, write_cut
 
-CHUNKS = (17, 7, 1, 1, 1, 1)
-"""Tokens of each step: a prompt of 24 in two chunks, then four tokens one by one."""
+CHUNK = 17
+"""Longest piece of a prompt: the first prompt is two."""
 
-SETTINGS = ContextSettings(sequences=1, tokens=64, threads=1, gpu_layers=0)
+CONTEXT = 64
+_RANDOM = np.random.default_rng(1)
+PROMPTS = [[int(token) for token in _RANDOM.integers(0, 64, count)] for count in (24, 12, 5)]
+"""One a slot; the first longer than the models' windows of 8."""
+
+ANSWER = [int(token) for token in _RANDOM.integers(0, 64, 4)]
+
+Bits = list[list[bytes]]
+"""By slot: the logits after the prompt, and after each token of the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What came of one way to cut one model."""
+    """What came of one check of one model; no error where it held."""
 
     name: str
-    edges: list[int]
-    is_equal: bool
-    spread: float
-    """Standard deviation of the whole's logits; not a number where one of them is none."""
+    check: str
     error: str = ""
 
 
-def compare(
-    paths: Mapping[str, Path], edges: Mapping[str, Sequence[Sequence[int]]]
-) -> list[Outcome]:
-    """Run each model whole and cut at each of its lists of edges, in a child process.
+def check_models(
+    paths: Mapping[str, Path], checks: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, str]]:
+    """Make each model's checks, in a child process, and return the errors by model and check.
 
-    A child that ends early is a failed outcome of the model it was at; another goes on behind it.
+    A child that ends early is a failed check; another goes on behind it.
     """
-    outcomes: list[Outcome] = []
-    left = [(name, list(cut)) for name in edges for cut in edges[name]]
+    found: dict[str, dict[str, str]] = {name: {} for name in checks}
+    left = [(name, check) for name in checks for check in checks[name]]
     while left:
-        jobs = json.dumps([[name, str(paths[name]), cut] for name, cut in left])
+        jobs = json.dumps([[name, str(paths[name]), check] for name, check in left])
         child = subprocess.run(
             [sys.executable, __file__], input=jobs, capture_output=True, text=True, check=False
         )
         done = [Outcome(**json.loads(line)) for line in child.stdout.splitlines()]
-        outcomes += done
-        left = left[len(done) :]
-        if left:
-            name, cut = left.pop(0)
+        if len(done) < len(left):
+            name, check = left[len(done)]
             last = child.stderr.strip().rpartition("\n")[2]
-            failed = Outcome(name=name, edges=cut, is_equal=False, spread=0.0, error=last)
-            outcomes.append(failed)
-    return outcomes
+            done.append(Outcome(name=name, check=check, error=f"the process ended: {last}"))
+        for outcome in done:
+            found[outcome.name][outcome.check] = outcome.error
+        left = left[len(done) :]
+    return found
 
 
-def logits_of(library: Library, parts: Iterable[tuple[Path, bool]]) -> Floats:
-    """Return the logits after the first chunk, of each token of the second, and of each step.
+# In the child -----------------------------------------------------------------
 
-    Args:
-        parts: Files in order, and whether each gives hidden states.
+
+class Model:
+    """One file, what is known of it, and what the library gives for it as it is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.inspection: Inspection = inspect_header(read_header(path), build_id="")
+        self.expected = [self._alone(prompt) for prompt in PROMPTS]
+
+    def _alone(self, prompt: list[int]) -> list[bytes]:
+        """Return the bits of one session of the whole file, none of our cuts in it."""
+        settings = ContextSettings(sequences=1, tokens=CONTEXT, threads=1, gpu_layers=0)
+        library = open_library(find_library())
+        native = NativeContext(library, self.path, settings, gives_hidden=False)
+        found, position = [], 0
+        chunks = [prompt[at : at + CHUNK] for at in range(0, len(prompt), CHUNK)]
+        for chunk in [*chunks, *([token] for token in ANSWER)]:
+            count = len(chunk)
+            positions = np.arange(position, position + count, dtype=np.int32)
+            wanted = np.arange(count) == count - 1
+            logits = native.decode(np.array(chunk, np.int32), positions, [0] * count, wanted)
+            assert math.isfinite(logits.std()), "the whole gives no numbers"
+            assert logits.std() > 0.1, "logits all alike would be equal however they were cut"
+            found.append(logits.tobytes())
+            position += count
+        native.close()
+        return found[len(chunks) - 1 :]
+
+    def parts(self, cuts: Sequence[int]) -> list[int]:
+        return [0, *cuts, self.inspection.layer_count]
+
+    def thirds(self) -> list[int]:
+        """Return the edges of three parts, of fewer where there are no such cuts."""
+        cuts = self.inspection.cuts
+        return self.parts([cuts[0], cuts[-1]] if len(cuts) > 1 else cuts)
+
+    @contextmanager
+    def ring(self, edges: Sequence[int], *, slots: int) -> Iterator[Ring]:
+        engine = LlamaEngine()
+        slots = min(slots, self.inspection.slots_max)
+        shards = [
+            engine.load(self.path, start=start, end=end, slots=slots, context=CONTEXT, exact=True)
+            for start, end in pairwise(edges)
+        ]
+        yield Ring(shards, PROMPTS[:slots], ANSWER, chunk=CHUNK)
+        for shard in shards:
+            shard.close()
+
+
+def check_whole(model: Model) -> None:
+    """Layers 0 to the last as one part: what there is where a model cannot be cut."""
+    assert_given(model, model.parts([]))
+
+
+def check_two(model: Model) -> None:
+    cuts = model.inspection.cuts
+    assert_given(model, model.parts([cuts[len(cuts) // 2]]))
+
+
+def check_three(model: Model) -> None:
+    assert_given(model, model.thirds())
+
+
+def check_every(model: Model) -> None:
+    """A part between each cut and the next."""
+    assert_given(model, model.parts(model.inspection.cuts))
+
+
+def assert_given(model: Model, edges: Sequence[int]) -> None:
+    with model.ring(edges, slots=1) as ring:
+        given = [ring.prompt(0), *ring.reply(0)]
+    assert given == model.expected[0], f"other logits when cut at {edges}"
+
+
+def check_sessions(model: Model) -> None:
+    """Prompts beside each other, then all their answers in the same steps; whole, and in parts."""
+    for edges in (model.parts([]), model.thirds()):
+        with model.ring(edges, slots=len(PROMPTS)) as ring:
+            after_prompts = [ring.prompt(slot) for slot in range(len(ring.prompts))]
+            ends = {slot: len(prompt) for slot, prompt in enumerate(ring.prompts)}
+            answers = ring.replies(ends)
+        for slot, after_prompt in enumerate(after_prompts):
+            given = [after_prompt, *answers[slot]]
+            assert given == model.expected[slot], f"slot {slot} is disturbed in {edges}"
+
+
+def check_batch(model: Model) -> None:
+    """As many sessions in one step as are batched, each with the bits it gives alone.
+
+    For models of which the engine batches exact steps: those of types that were measured.
     """
-    contexts = [
-        NativeContext(library, path, SETTINGS, gives_hidden=gives_hidden)
-        for path, gives_hidden in parts
-    ]
-    ids = np.random.default_rng(1).integers(0, contexts[-1].vocabulary_size, sum(CHUNKS), np.int32)
-    found = []
-    position = 0
-    for number, count in enumerate(CHUNKS):
-        values: Floats = ids[position : position + count]
-        positions = np.arange(position, position + count, dtype=np.int32)
-        wanted = np.full(count, number > 0)
-        wanted[-1] = True
-        for context in contexts:
-            values = context.decode(values, positions, [0] * count, wanted)
-        found.append(values)
-        position += count
-    for context in contexts:
-        context.close()
-    return np.concatenate(found)
+    slots = 2 * EXACT_ROWS_MIN
+    with model.ring(model.thirds(), slots=slots) as ring:
+        ring.prompts = [PROMPTS[slot % len(PROMPTS)] for slot in range(slots)]
+        for slot in range(slots):
+            ring.prompt(slot)
+        answers = ring.replies({slot: len(prompt) for slot, prompt in enumerate(ring.prompts)})
+    for slot in range(slots):
+        expected = model.expected[slot % len(PROMPTS)][1:]
+        assert answers[slot] == expected, f"slot {slot} is disturbed"
 
 
-def run(library: Library, name: str, path: Path, edges: list[int], folder: Path) -> Outcome:
-    header = read_header(path)
-    layers = layer_count(header)
-    parts = []
-    for start, end in pairwise(edges):
-        part = folder / f"{start}-{end}.gguf"
-        write_cut(cut_layers(header, start, end), part)
-        parts.append((part, end < layers))
-    whole = logits_of(library, [(path, False)])
-    split = logits_of(library, parts)
-    return Outcome(
-        name=name,
-        edges=edges,
-        is_equal=whole.tobytes() == split.tobytes(),
-        spread=float(whole.std()),
-    )
+def check_back(model: Model) -> None:
+    """Cut back, into the prompt too, and restored; refused where the state does not bear it."""
+    is_recurrent = model.inspection.state_kind is StateKind.RECURRENT
+    with model.ring(model.thirds(), slots=2) as ring:
+        ring.prompt(0)
+        kept = [shard.snapshot(0) for shard in ring.shards]
+        ring.reply(0)
+        if is_recurrent:
+            assert all(refuses_to_cut(shard, 0, CHUNK) for shard in ring.shards)
+        else:
+            assert ring.reply(0) == model.expected[0][1:], "cut back behind the prompt"
+            again = [ring.prompt(0, position=CHUNK), *ring.reply(0)]
+            assert again == model.expected[0], "cut back into the prompt"
+        ring.step({0: PROMPTS[1]}, {0: 0})
+        for shard, number in zip(ring.shards, kept, strict=True):
+            shard.restore(0, number)
+        assert ring.reply(0) == model.expected[0][1:], "restored"
+
+
+def refuses_to_cut(shard: object, slot: int, position: int) -> bool:
+    assert isinstance(shard, LlamaShard)
+    try:
+        shard.truncate(slot, position)
+    except RowError:
+        return True
+    return False
+
+
+def check_move(model: Model) -> None:
+    """Into another slot of another ring, in two ranges where that is borne."""
+    edges = model.thirds()
+    with model.ring(edges, slots=3) as ring, model.ring(edges, slots=2) as other:
+        target = len(other.prompts) - 1
+        ring.prompt(0)
+        end = len(PROMPTS[0])
+        for source, shard in zip(ring.shards, other.shards, strict=True):
+            assert isinstance(source, LlamaShard)
+            ranges = [(0, CHUNK), (CHUNK, end)] if source.moves_in_ranges else [(0, end)]
+            for start, stop in ranges:
+                shard.import_state(target, start, stop, source.export_state(0, start, stop))
+        moved = other.replies({target: end})[target]
+        # What a moved state cannot be cut back to is refused, and all else is right.
+        if not any(refuses_to_cut(shard, target, CHUNK) for shard in other.shards):
+            other.prompts[target] = PROMPTS[0]
+            again = [other.prompt(target, position=CHUNK), *other.reply(target)]
+            assert again == model.expected[0], "cut back after a move"
+    assert moved == model.expected[0][1:], "moved"
+
+
+def check_memory(model: Model) -> None:
+    """The bytes a state has of each token, and whatever its length, are those that are planned."""
+    inspection = model.inspection
+    for edges, slots in ((model.thirds(), 2), (model.parts(inspection.cuts), 1)):
+        with model.ring(edges, slots=slots) as ring:
+            for shard, (start, end) in zip(ring.shards, pairwise(edges), strict=True):
+                assert isinstance(shard, LlamaShard)
+                planned = (
+                    sum(inspection.kv_bytes_per_token[start:end]),
+                    sum(inspection.state_bytes[start:end]),
+                )
+                found = shard.state_sizes
+                assert found == planned, f"[{start}, {end}) has {found}, planned {planned}"
+
+
+CHECKS: Mapping[str, Callable[[Model], None]] = {
+    "whole": check_whole,
+    "two": check_two,
+    "three": check_three,
+    "every": check_every,
+    "sessions": check_sessions,
+    "batch": check_batch,
+    "back": check_back,
+    "move": check_move,
+    "memory": check_memory,
+}
 
 
 if __name__ == "__main__":
-    opened = open_library(find_library())
-    for name, path, edges in json.load(sys.stdin):
-        with tempfile.TemporaryDirectory() as folder:
-            outcome = run(opened, name, Path(path), edges, Path(folder))
-        print(json.dumps(asdict(outcome)), flush=True)
+    models: dict[str, Model] = {}
+    for name, path, check in json.load(sys.stdin):
+        error = ""
+        try:
+            if name not in models:
+                models = {name: Model(Path(path))}
+            CHECKS[check](models[name])
+        except Exception:  # noqa: BLE001 - whatever it is, it is the outcome
+            error = traceback.format_exc().strip()
+        print(json.dumps(asdict(Outcome(name=name, check=check, error=error))), flush=True)

@@ -46,7 +46,7 @@ ABORTING = "aborting_llama:AbortingEngine"
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    names = ("llama", "llama+q8_0", "gemma3", "mamba", "rwkv7")
+    names = ("llama", "llama+q8_0", "gemma3", "mamba", "minicpm3", "rwkv7")
     return write_models(tmp_path_factory.mktemp("models"), names)
 
 
@@ -74,8 +74,11 @@ def test_sizes_are_those_of_the_file(tiny: dict[str, Path]) -> None:
     assert inspection.state_kind is StateKind.KV
 
 
-def test_cuts_keep_the_architectures_pattern(tiny: dict[str, Path]) -> None:
-    assert LlamaEngine().inspect(tiny["gemma3"]).cuts == (6, 12)
+def test_cuts_leave_no_part_without_a_window(tiny: dict[str, Path]) -> None:
+    """Layers 5, 11 and 17 have none: no part is one of them alone, nor ends the model as such."""
+    cuts = LlamaEngine().inspect(tiny["gemma3"]).cuts
+
+    assert cuts == (*range(1, 6), *range(7, 12), *range(13, 17))
 
 
 def test_a_recurrent_state_does_not_grow_with_tokens(tiny: dict[str, Path]) -> None:
@@ -134,8 +137,13 @@ def test_a_file_that_the_library_does_not_take_is_refused_in_its_words(
 
 
 def test_a_cut_off_the_pattern_is_refused(tiny: dict[str, Path]) -> None:
-    with pytest.raises(ModelRefused, match="gemma3 cannot be cut before layer 3"):
-        load(tiny["gemma3"], start=3, end=12)
+    with pytest.raises(ModelRefused, match=r"gemma3 cannot be cut before layer 6: only before \("):
+        load(tiny["gemma3"], start=5, end=6)
+
+
+def test_a_model_told_apart_by_its_depth_is_cut_nowhere(tiny: dict[str, Path]) -> None:
+    with pytest.raises(ModelRefused, match=r"minicpm3.*apart by their number of layers, so none"):
+        load(tiny["minicpm3"], start=0, end=3)
 
 
 def test_more_slots_than_the_library_has_sequences_do_not_fit(tiny: dict[str, Path]) -> None:
@@ -232,10 +240,43 @@ def test_a_recurrent_state_goes_back_by_snapshots_only(tiny: dict[str, Path]) ->
     assert prompted[0] == prompted[1]
     assert reply(whole, 5, [4, 44]) == expected
     assert reply(halves, 5, [4, 44]) == expected
-    with pytest.raises(RowError, match="cannot be moved"):
-        halves[0].export_state(0, 0, 7)
     for shard in [*whole, *halves]:
         shard.close()
+
+
+def test_a_state_that_is_not_by_position_moves_whole_or_not_at_all(tiny: dict[str, Path]) -> None:
+    shard, other = load(tiny["mamba"]), load(tiny["mamba"])
+    reply([shard], 0, [9, 3, 1])
+    state = shard.export_state(0, 0, 3)
+    other.import_state(1, 0, 3, state)
+
+    with pytest.raises(RowError, match="moved whole, or not at all"):
+        shard.export_state(0, 0, 2)
+    with pytest.raises(RowError, match="moved whole, or not at all"):
+        other.import_state(1, 3, 6, state)
+    for item in (shard, other):
+        item.close()
+
+
+def test_a_window_that_was_restored_cannot_be_cut_back(tiny: dict[str, Path]) -> None:
+    """The library keeps of a window what the next token sees, and nothing for those before it.
+
+    Goal: refused, where the library itself would go on with other numbers.
+    """
+    shard = load(tiny["gemma3"], end=18)
+    reply([shard], 0, list(range(1, 21)))
+    kept = shard.snapshot(0)
+    expected = reply([shard], 20, [4, 44])
+    shard.restore(0, kept)
+
+    with pytest.raises(RowError, match="cut back to position 19"):
+        shard.truncate(0, 19)
+
+    assert reply([shard], 20, [4, 44]) == expected
+    shard.truncate(0, 20)
+    assert reply([shard], 20, [4, 44]) == expected
+    shard.truncate(0, 0)
+    shard.close()
 
 
 # In a child -----------------------------------------------------------------

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llama_ring import Ring
 from shard_rows import logits_of, row
 
-from swarmpy.abc import Output, Row, Shard, Want
+from swarmpy.abc import Row, Shard, Want
 from swarmpy.config import PREFILL_CHUNK
 from swarmpy.errors import ExtensionNotFound, RowError
 from swarmpy.plugins.llama.library import find_library, open_library
@@ -41,46 +42,8 @@ PROMPTS = [[int(token) for token in RANDOM.integers(10, 40_000, n)] for n in (26
 REPLY = [5, 150, 33]
 
 
-class Ring:
-    """Shards one after the other, or the whole in one."""
-
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self.shards = shards
-
-    def step(self, token_ids: dict[int, list[int]], ends: dict[int, int]) -> dict[int, Output]:
-        """Run one row a slot through all shards, and return the outputs by slot."""
-        hidden: dict[int, Output] = {}
-        for number, shard in enumerate(self.shards):
-            rows = [
-                row(
-                    None if number else ids,
-                    ends[slot],
-                    slot=slot,
-                    count=len(ids),
-                    hidden=hidden[slot].hidden if number else None,
-                    want=Want.LAST_LOGITS if shard is self.shards[-1] else Want.HIDDEN,
-                )
-                for slot, ids in token_ids.items()
-            ]
-            hidden = {output.slot: output for output in shard.step(rows)}
-        for slot, ids in token_ids.items():
-            ends[slot] += len(ids)
-        return hidden
-
-    def prompt(self, slot: int, *, tokens: list[int] | None = None) -> bytes:
-        """Free a slot, fill it with a prompt and return the logits after it."""
-        tokens = PROMPTS[slot] if tokens is None else tokens
-        for shard in self.shards:
-            shard.free(slot)
-        ends = {slot: 0}
-        for at in range(0, len(tokens), PREFILL_CHUNK):
-            outputs = self.step({slot: tokens[at : at + PREFILL_CHUNK]}, ends)
-        return logits_of(outputs[slot]).tobytes()
-
-    def reply(self, slot: int, *, position: int | None = None) -> list[bytes]:
-        """Run the reply token by token and return each step's logits."""
-        ends = {slot: len(PROMPTS[slot]) if position is None else position}
-        return [logits_of(self.step({slot: [token]}, ends)[slot]).tobytes() for token in REPLY]
+def ring_of(shards: Sequence[Shard]) -> Ring:
+    return Ring(shards, PROMPTS, REPLY)
 
 
 def load(path: Path, start: int, end: int, *, exact: bool = True, slots: int = SLOTS) -> LlamaShard:
@@ -94,14 +57,14 @@ def load(path: Path, start: int, end: int, *, exact: bool = True, slots: int = S
 @pytest.fixture(scope="module")
 def whole(default_gguf: Path) -> Iterator[Ring]:
     shard = load(default_gguf, 0, 30)
-    yield Ring([shard])
+    yield ring_of([shard])
     shard.close()
 
 
 @pytest.fixture(scope="module")
 def thirds(default_gguf: Path) -> Iterator[Ring]:
     shards = [load(default_gguf, start, end) for start, end in pairwise(EDGES)]
-    yield Ring(shards)
+    yield ring_of(shards)
     for shard in shards:
         shard.close()
 
@@ -243,7 +206,7 @@ def test_two_threads_do_not_make_neighbours_visible(
     """
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
     shard = load(default_gguf, 0, 30)
-    ring = Ring([shard])
+    ring = ring_of([shard])
     ring.prompt(0)
     alone = ring.reply(0)[0]
     ring.prompt(0)
@@ -444,7 +407,7 @@ def test_a_state_moves_to_another_slot_and_shard_in_ranges(ring: Ring, default_g
         for start, end in pairwise([0, 100, 259, 260]):
             other.import_state(1, start, end, shard.export_state(0, start, end))
 
-    assert Ring(with_others).reply(1, position=260) == expected
+    assert ring_of(with_others).reply(1, position=260) == expected
     for shard in with_others:
         shard.close()
 

@@ -2,7 +2,9 @@
 
 A sub-model that does not hold the head must give its last layer's hidden state as it is, which the
 library's interface has no call for: what `llama_get_embeddings` gives went through the final norm.
-So a callback watches the graph for that state's node, copies it, and stops the graph there.
+So a callback watches the graph for that state's node, copies it, and stops the graph there. What
+comes in is given as embeddings; where an architecture would do something to those first, token ids
+of 0 are given, and the callback puts the state over what was made of them.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import numpy.typing as npt
 
 from swarmpy.config import PREFILL_CHUNK
 from swarmpy.errors import ModelRefused, RowError
+from swarmpy.plugins.llama.architectures import PLAIN, Architecture
 from swarmpy.plugins.llama.library import Library
 from swarmpy.plugins.llama.structs import (
     LOAD_MODE_MMAP,
@@ -52,7 +55,14 @@ class NativeContext:
     """A loaded sub-model and the states of its sequences."""
 
     def __init__(
-        self, library: Library, path: Path, settings: ContextSettings, *, gives_hidden: bool
+        self,
+        library: Library,
+        path: Path,
+        settings: ContextSettings,
+        *,
+        gives_hidden: bool,
+        takes_hidden: bool = False,
+        architecture: Architecture = PLAIN,
     ) -> None:
         """Load a GGUF that holds some layers of a model, numbered from 0.
 
@@ -60,6 +70,8 @@ class NativeContext:
 
         Args:
             gives_hidden: Whether the last layer's state is wanted instead of logits.
+            takes_hidden: Whether hidden states come in, and never token ids.
+            architecture: Where hidden states enter and leave its graphs.
 
         Raises:
             ModelRefused: The library does not take the file.
@@ -77,7 +89,10 @@ class NativeContext:
         vocabulary = native.llama_model_get_vocab(self._model)
         self.vocabulary_size: int = native.llama_vocab_n_tokens(vocabulary)
         last_layer = native.llama_model_n_layer(self._model) - 1
-        self._tap = _Tap(library, f"l_out-{last_layer}") if gives_hidden else None
+        exit_node = architecture.exit_node.format(last_layer) if gives_hidden else ""
+        self._gives_hidden = gives_hidden
+        self._entry_node = architecture.entry_node if takes_hidden else ""
+        self._gate = _Gate(library, entry_node=self._entry_node, exit_node=exit_node)
         params = self._context_params(settings)
         self._context = native.llama_init_from_model(self._model, params)
         if not self._context:
@@ -99,8 +114,8 @@ class NativeContext:
         # A window's keys stay after it has moved on, so that a state can be cut back.
         params.swa_full = True
         params.no_perf = True
-        if self._tap is not None:
-            params.cb_eval = ctypes.cast(self._tap.callback, ctypes.c_void_p).value
+        if self._gate.is_needed:
+            params.cb_eval = ctypes.cast(self._gate.callback, ctypes.c_void_p).value
         return params
 
     def decode(
@@ -123,15 +138,19 @@ class NativeContext:
         """
         count = len(inputs)
         assert 0 < count <= BATCH_TOKENS, count
-        batch = self._batch.fill(inputs, positions, self._sequence_ids[sequences])
-        self._batch.wanted[:count] = True if self._tap is not None else wanted
-        if self._tap is not None:
-            self._tap.expect(count, self.hidden_size)
+        given: TokenIds | Floats = inputs
+        entering: Floats | None = None
+        if inputs.ndim == 2 and self._entry_node:
+            given, entering = _NO_TOKENS[:count], inputs.astype(np.float32, copy=False)
+        batch = self._batch.fill(given, positions, self._sequence_ids[sequences])
+        self._batch.wanted[:count] = True if self._gives_hidden else wanted
+        self._gate.expect(entering, leaving=(count, self.hidden_size))
         code = self._native.llama_decode(self._context, batch)
         if code != 0:
             raise RowError(f"llama_decode failed ({code}): {self._library.last_errors():.500}")
-        if self._tap is not None:
-            return self._tap.taken()
+        left = self._gate.left()
+        if left is not None:
+            return left
         return self._logits(np.flatnonzero(wanted))
 
     def _logits(self, indexes: npt.NDArray[np.intp]) -> Floats:
@@ -214,52 +233,79 @@ class _BatchArrays:
         return self._batch
 
 
-class _Tap:
-    """Takes the hidden state out of a running graph, and ends the graph there.
+_NO_TOKENS = np.zeros(BATCH_TOKENS, np.int32)
+
+
+class _Gate:
+    """Puts hidden states into a running graph, takes them out, and ends the graph there.
 
     Called twice for each of some 30 nodes a layer, so a name is compared in place: its offset in
     `struct ggml_tensor` is found once, from what `ggml_get_name` returns.
     """
 
-    def __init__(self, library: Library, node: str) -> None:
+    def __init__(self, library: Library, *, entry_node: str, exit_node: str) -> None:
         self._native = library.native
-        self._node = node
+        self._entry_node = entry_node
+        self._exit_node = exit_node
+        self._entering: Floats | None = None
         self._out: Floats = np.empty((0, 0), np.float32)
         self._filled = 0
-        self._is_short = False
-        self.callback = EvalCallback(self._make_call(node.encode() + b"\0"))
+        self.is_needed = bool(entry_node or exit_node)
+        self.callback = EvalCallback(self._make_call())
 
-    def expect(self, count: int, width: int) -> None:
-        """Make room for the states of the next batch."""
-        self._out = np.empty((count, width), np.float32)
-        self._filled = 0
+    def expect(self, entering: Floats | None, *, leaving: tuple[int, int]) -> None:
+        """Prepare for the next batch: what is put in, and the shape of what will come out."""
+        self._entering = entering
+        if self._exit_node:
+            self._out = np.empty(leaving, np.float32)
+            self._filled = 0
 
-    def taken(self) -> Floats:
-        """Return the states.
+    def left(self) -> Floats | None:
+        """Return the states that came out; None where logits are to come.
 
         Raises:
-            RowError: The graph gave none, or not of that size.
+            RowError: The graph has no such node, or one of another size.
         """
+        if self._entering is not None:
+            raise RowError(f"no node {self._entry_node!r} of {self._entering.nbytes} bytes")
+        if not self._exit_node:
+            return None
         if self._filled != self._out.nbytes:
             raise RowError(
-                f"node {self._node!r} gave {self._filled} bytes, expected {self._out.nbytes}"
+                f"node {self._exit_node!r} gave {self._filled} bytes, expected {self._out.nbytes}"
             )
         return self._out
 
-    def _make_call(self, target: bytes) -> Callable[[int, bool, object], bool]:
-        native, string_at, length = self._native, ctypes.string_at, len(target)
+    def _make_call(self) -> Callable[[int, bool, object], bool]:
+        native, string_at = self._native, ctypes.string_at
+        entry, leave = (f"{name}\0".encode() for name in (self._entry_node, self._exit_node))
+        entry_bytes, leave_bytes = len(entry), len(leave)
+        has_entry, has_exit = bool(self._entry_node), bool(self._exit_node)
         name_offset = 0
 
         def call(tensor: int, is_asked: bool, _: object) -> bool:
             nonlocal name_offset
+            if not name_offset:
+                name_offset = native.ggml_get_name(tensor) - tensor
+            name = tensor + name_offset
+            if has_entry and self._entering is not None and string_at(name, entry_bytes) == entry:
+                if not is_asked:
+                    self._put(tensor)
+                return True
+            if not has_exit:
+                return not is_asked
             if is_asked:
-                if not name_offset:
-                    name_offset = native.ggml_get_name(tensor) - tensor
-                return string_at(tensor + name_offset, length) == target
+                return string_at(name, leave_bytes) == leave
             self._take(tensor)
             return False
 
         return call
+
+    def _put(self, tensor: int) -> None:
+        states = self._entering
+        if states is not None and self._native.ggml_nbytes(tensor) == states.nbytes:
+            self._native.ggml_backend_tensor_set(tensor, states.ctypes.data, 0, states.nbytes)
+            self._entering = None
 
     def _take(self, tensor: int) -> None:
         size = self._native.ggml_nbytes(tensor)

@@ -17,14 +17,15 @@ from swarmpy.abc import Format, Inspection, Progress, Shard, Suitability
 from swarmpy.environment import measured_memory_bytes
 from swarmpy.errors import ConfigError, DoesNotFit, ModelRefused
 from swarmpy.pipeline.fit import fit
-from swarmpy.plugins.llama.architectures import architecture_of
+from swarmpy.plugins.llama.architectures import Architecture, architecture_of
 from swarmpy.plugins.llama.inspection import inspect_header
+from swarmpy.plugins.llama.layers import layers_of
 from swarmpy.plugins.llama.library import Library, find_library, gpu_layers, open_library
 from swarmpy.shards.gguf import GgmlType, GgufHeader, read_header
-from swarmpy.shards.gguf_cut import GgufCut, cut_layers, write_cut
+from swarmpy.shards.gguf_cut import GgufCut, cut_layers, why_undivided, write_cut
 
 if TYPE_CHECKING:
-    from swarmpy.plugins.llama.context import NativeContext
+    from swarmpy.plugins.llama.context import ContextSettings, NativeContext
 
 THREADS_VARIABLE = "OPENBLAS_NUM_THREADS"
 """Where an engine's child is told its threads, whatever computes in it."""
@@ -67,7 +68,10 @@ class LlamaEngine(abc.Engine):
             raise DoesNotFit(f"{slots} slots asked for, {inspection.slots_max} are possible")
         for cut in (start, end):
             if 0 < cut < inspection.layer_count and cut not in inspection.cuts:
-                raise ModelRefused(f"{inspection.architecture} cannot be cut before layer {cut}")
+                reason = why_undivided(header) or f"only before {inspection.cuts}"
+                raise ModelRefused(
+                    f"{inspection.architecture} cannot be cut before layer {cut}: {reason:.500}"
+                )
         part = cut_layers(header, start, end)
         # A slot's cells are all there from the start, in whole blocks: nothing is copied to grow.
         cells = -(-context // CELLS) * CELLS
@@ -76,14 +80,21 @@ class LlamaEngine(abc.Engine):
         available = measured_memory_bytes()
         if available is not None and terms.sum_bytes > available:
             raise DoesNotFit(f"{terms}, but {available} bytes are left")
+        from swarmpy.plugins.llama.context import BATCH_TOKENS, ContextSettings
+        from swarmpy.plugins.llama.shard import EXACT_ROWS_MIN, LlamaShard
+
         threads = threads_from_environment()
         is_last = end == inspection.layer_count
         native = self._load_native(
-            library, part, slots=slots, context=context, threads=threads, gives_hidden=not is_last
+            library,
+            part,
+            settings=ContextSettings(
+                sequences=slots, tokens=context, threads=threads, gpu_layers=gpu_layers()
+            ),
+            gives_hidden=not is_last,
+            takes_hidden=start > 0,
+            architecture=architecture_of(header),
         )
-        from swarmpy.plugins.llama.context import BATCH_TOKENS
-        from swarmpy.plugins.llama.shard import EXACT_ROWS_MIN, LlamaShard
-
         rows_min: int | None = 2
         if exact:
             is_batched = is_batch_exact(header, library, threads=threads)
@@ -110,25 +121,29 @@ class LlamaEngine(abc.Engine):
         self,
         library: Library,
         part: GgufCut,
+        settings: ContextSettings,
         *,
-        slots: int,
-        context: int,
-        threads: int,
         gives_hidden: bool,
+        takes_hidden: bool,
+        architecture: Architecture,
     ) -> NativeContext:
         """Write the shard's file, load it, and remove it: what is mapped stays until it is closed.
 
         The machine's temporary folder must have room for the shard until then.
         """
-        from swarmpy.plugins.llama.context import ContextSettings, NativeContext
+        from swarmpy.plugins.llama.context import NativeContext
 
-        settings = ContextSettings(
-            sequences=slots, tokens=context, threads=threads, gpu_layers=gpu_layers()
-        )
         with tempfile.TemporaryDirectory(prefix="swarmpy-llama-") as folder:
             path = Path(folder) / "shard.gguf"
             write_cut(part, path, self._report)
-            return NativeContext(library, path, settings, gives_hidden=gives_hidden)
+            return NativeContext(
+                library,
+                path,
+                settings,
+                gives_hidden=gives_hidden,
+                takes_hidden=takes_hidden,
+                architecture=architecture,
+            )
 
     def _report(self, done: int, total: int) -> None:
         if self.progress is not None:
@@ -153,7 +168,7 @@ def is_batch_exact(header: GgufHeader, library: Library, *, threads: int) -> boo
         len(tensor.shape) < 2 or (len(tensor.shape) == 2 and tensor.type in BATCH_EXACT_TYPES)
         for tensor in header.tensors.values()
     )
-    has_keys = architecture_of(header).state_kind is abc.StateKind.KV
+    has_keys = not any(layer.state_bytes for layer in layers_of(header))
     on_cpu = gpu_layers() == 0 and library.build_id.endswith(BATCH_EXACT_BUILD)
     return threads == 1 and is_measured and has_keys and on_cpu
 

@@ -27,7 +27,13 @@ from swarmpy import abc
 from swarmpy.abc import Output, Row, StateKind, Want
 from swarmpy.errors import BadMessage, ModelRefused, RowError
 from swarmpy.plugins.llama.context import BATCH_TOKENS, Floats, NativeContext
-from swarmpy.plugins.llama.state import KvLayout, from_tensors, to_tensors
+from swarmpy.plugins.llama.state import (
+    Numbers,
+    StateLayout,
+    first_position,
+    from_tensors,
+    to_tensors,
+)
 from swarmpy.proto.tensor import Tensor, TensorSpec, check_hidden
 
 if TYPE_CHECKING:
@@ -76,11 +82,14 @@ class LlamaShard(abc.Shard):
         self._state_kind = state_kind
         self._received = () if is_first else (TensorSpec("float32", (-1, native.hidden_size)),)
         self._ends = [0] * slots
+        self._floors = [0] * slots
+        """Positions below which a slot cannot be cut back: what was before them in its windows is
+        not there."""
         self._snapshots: list[dict[int, tuple[bytes, int]]] = [{} for _ in range(slots)]
         self._next_snapshot = 1
         self._layout = self._warm_up()
 
-    def _warm_up(self) -> KvLayout | None:
+    def _warm_up(self) -> StateLayout | None:
         """Run one step: what would fail later fails now, and the form of a state is known."""
         inputs = (
             np.zeros(1, np.int32)
@@ -89,12 +98,13 @@ class LlamaShard(abc.Shard):
         )
         try:
             self._native.decode(inputs, np.zeros(1, np.int32), [0], np.ones(1, np.bool_))
-            state = self._native.state(0) if self._state_kind is StateKind.KV else b""
+            state = self._native.state(0)
         except RowError as error:
             self._native.close()
             raise ModelRefused(f"a first step failed: {error}") from error
         self._forget(0)
-        return KvLayout.learn(state, len(self._ends)) if state else None
+        is_recurrent = self._state_kind is StateKind.RECURRENT
+        return StateLayout.learn(state, len(self._ends), is_recurrent=is_recurrent)
 
     # Steps ------------------------------------------------------------------
 
@@ -239,7 +249,7 @@ class LlamaShard(abc.Shard):
 
     def _forget(self, slot: int) -> None:
         self._native.cut(slot, 0)
-        self._ends[slot] = 0
+        self._ends[slot] = self._floors[slot] = 0
 
     def truncate(self, slot: int, position: int) -> None:
         end = self._end(slot)
@@ -250,7 +260,11 @@ class LlamaShard(abc.Shard):
         if position == 0:
             self._forget(slot)
             return
-        if self._state_kind is StateKind.RECURRENT or not self._native.cut(slot, position):
+        if (
+            self._state_kind is StateKind.RECURRENT
+            or position < self._floors[slot]
+            or not self._native.cut(slot, position)
+        ):
             raise RowError(
                 f"this state cannot be cut back to position {position}: restore a snapshot"
             )
@@ -270,14 +284,18 @@ class LlamaShard(abc.Shard):
         if snapshot not in self._snapshots[slot]:
             raise RowError(f"the slot has no snapshot {snapshot}")
         state, end = self._snapshots[slot].pop(snapshot)
-        self._replace(slot, state, end)
+        if self._layout is None or not end:
+            self._replace(slot, state, end, floor=end)
+        else:
+            self._fill(slot, self._layout.split(state, slot, end), end)
 
     def export_state(self, slot: int, start: int, end: int) -> Mapping[str, Tensor]:
         held = self._end(slot)
         if not 0 <= start < end <= held:
             raise RowError(f"positions [{start}, {end}) of a slot that holds [0, {held})")
-        numbers = self._movable().split(self._native.state(slot), slot, held)
-        return to_tensors(numbers, start, end)
+        layout = self._movable(is_whole=(start, end) == (0, held))
+        numbers = layout.split(self._native.state(slot), slot, held)
+        return to_tensors(layout, numbers, start, end)
 
     def import_state(self, slot: int, start: int, end: int, state: Mapping[str, Tensor]) -> None:
         held = self._end(slot)
@@ -285,19 +303,39 @@ class LlamaShard(abc.Shard):
             raise RowError(f"a state of [{start}, {end}) for a slot that ends at {held}")
         if end > self._context:
             raise RowError(f"positions up to {end} exceed the context of {self._context}")
-        layout = self._movable()
+        layout = self._movable(is_whole=not start)
         numbers = from_tensors(layout, end - start, state)
         if start:
             before = layout.split(self._native.state(slot), slot, start)
             numbers = {name: np.concatenate([before[name], numbers[name]]) for name in before}
-        self._replace(slot, layout.join(numbers, slot), end)
+        self._fill(slot, numbers, end)
 
-    def _movable(self) -> KvLayout:
+    @property
+    def moves_in_ranges(self) -> bool:
+        """Whether `export_state` gives any range of positions; else it gives all or nothing."""
+        return self._layout is not None and self._layout.is_by_position
+
+    @property
+    def state_sizes(self) -> tuple[int, int]:
+        """Bytes a slot's state has of each position, and whatever its length; 0 if unknown."""
+        layout = self._layout
+        return (layout.bytes_per_token, layout.fixed_bytes) if layout else (0, 0)
+
+    def _movable(self, *, is_whole: bool) -> StateLayout:
         if self._layout is None:
             raise RowError("states of this architecture cannot be moved")
+        if not is_whole and not self._layout.is_by_position:
+            raise RowError("a state with windows or recurrent layers is moved whole, or not at all")
         return self._layout
 
-    def _replace(self, slot: int, state: bytes, end: int) -> None:
+    def _fill(self, slot: int, numbers: Mapping[str, Numbers], end: int) -> None:
+        """Put the numbers of [0, end) into a slot."""
+        assert self._layout is not None
+        is_complete = first_position(numbers, self._layout, end) == 0
+        state = self._layout.join(numbers, slot, end)
+        self._replace(slot, state, end, floor=0 if is_complete else end)
+
+    def _replace(self, slot: int, state: bytes, end: int, *, floor: int) -> None:
         """Put a state of [0, end) into a slot."""
         self._forget(slot)
         if not end:
@@ -305,7 +343,7 @@ class LlamaShard(abc.Shard):
         if not self._native.set_state(slot, state) or self._native.end(slot) != end:
             self._forget(slot)
             raise RowError("llama.cpp does not take the state")
-        self._ends[slot] = end
+        self._ends[slot], self._floors[slot] = end, floor
 
     def free(self, slot: int) -> None:
         self._end(slot)

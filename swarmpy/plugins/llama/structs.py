@@ -145,6 +145,7 @@ SIGNATURES: Mapping[str, tuple[type | None, tuple[type, ...]]] = {
     "ggml_get_name": (c_void_p, (c_void_p,)),
     "ggml_nbytes": (c_size_t, (c_void_p,)),
     "ggml_backend_tensor_get": (None, (c_void_p, c_void_p, c_size_t, c_size_t)),
+    "ggml_backend_tensor_set": (None, (c_void_p, c_void_p, c_size_t, c_size_t)),
 }
 """Result and arguments of every function that is called."""
 
