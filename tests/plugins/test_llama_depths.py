@@ -6,6 +6,8 @@ the depth where the cuts say that they do, and nowhere else.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from gguf_architectures import MODELS
 
@@ -28,15 +30,12 @@ STATED = {"minicpm": "minicpm+scales"}
 
 
 QUICK = ("command-r", "deepseek2", "gemma3", "mistral4")
-"""Run each time; all take minutes."""
+"""Run each time. All take minutes: `make test ARGS=tests/plugins/test_llama_depths.py` with
+SWARMPY_ALL_DEPTHS=1, for another version of the library."""
 
 
 @pytest.mark.parametrize(
-    "architecture",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in sorted(ARCHITECTURES)
-    ],
+    "architecture", sorted(ARCHITECTURES if os.environ.get("SWARMPY_ALL_DEPTHS") else QUICK)
 )
 def test_logits_change_with_the_depth_where_cuts_keep_clear_of_it(architecture: str) -> None:
     name = STATED.get(architecture, architecture)

@@ -28,6 +28,7 @@ from swarmpy.errors import (
     RowError,
 )
 from swarmpy.pipeline.engine_host import EngineHost, HostedShard
+from swarmpy.plugins.llama.devices import GPU_LAYERS_VARIABLE, Gpu
 from swarmpy.plugins.llama.library import find_library, open_library
 from swarmpy.shards.gguf import GgmlType, read_header
 from swarmpy.shards.tokenizer_files import tokenizer_json
@@ -93,9 +94,26 @@ def test_the_build_id_names_the_gpu_only_where_it_computes(
     tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without = LlamaEngine().inspect(tiny["llama"]).build_id
-    monkeypatch.setenv("SWARMPY_LLAMA_GPU_LAYERS", "8")
+    monkeypatch.setattr(llama_engine, "find_gpus", lambda library: [Gpu("CUDA0", 10**9)])
 
-    assert LlamaEngine().inspect(tiny["llama"]).build_id == f"{without} gpu layers 8"
+    assert LlamaEngine().inspect(tiny["llama"]).build_id == f"{without} gpu CUDA0"
+    monkeypatch.setenv(GPU_LAYERS_VARIABLE, "0")
+    assert LlamaEngine().inspect(tiny["llama"]).build_id == without
+
+
+@pytest.mark.parametrize(("setting", "layers"), [("", 7), ("3", 3), ("0", 0)])
+def test_a_shard_names_the_layers_that_a_gpu_computes(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch, setting: str, layers: int
+) -> None:
+    """All would fit; there is no GPU here, so that the library leaves everything on the CPU."""
+    monkeypatch.setattr(llama_engine, "find_gpus", lambda library: [Gpu("CUDA0", 10**9)])
+    monkeypatch.setenv(GPU_LAYERS_VARIABLE, setting)
+
+    shard = LlamaEngine().load(tiny["llama"], start=0, end=6, slots=1, context=256, exact=True)
+    shard.close()
+
+    assert ("gpu layers" in shard.exactness) == (layers > 0)
+    assert not layers or f"gpu layers {layers}" in shard.exactness
 
 
 # Refusing -------------------------------------------------------------------

@@ -149,17 +149,3 @@ def test_a_structure_with_one_field_less_or_more_is_refused(
 
     with pytest.raises(ConfigError, match="lays out ContextParams in another way"):
         library.check_layout(native, "libllama.so")
-
-
-# Settings -------------------------------------------------------------------
-
-
-def test_layers_go_to_no_gpu_unless_asked_for() -> None:
-    assert library.gpu_layers({}) == 0
-    assert library.gpu_layers({library.GPU_LAYERS_VARIABLE: "12"}) == 12
-
-
-@pytest.mark.parametrize("text", ["-1", "all", "", "1.5", "9" * 20])
-def test_a_wrong_number_of_gpu_layers_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected a whole number"):
-        library.gpu_layers({library.GPU_LAYERS_VARIABLE: text})

@@ -18,9 +18,10 @@ from swarmpy.environment import measured_memory_bytes
 from swarmpy.errors import ConfigError, DoesNotFit, ModelRefused
 from swarmpy.pipeline.fit import fit
 from swarmpy.plugins.llama.architectures import Architecture, architecture_of
+from swarmpy.plugins.llama.devices import find_gpus, fitting_gpu_layers, wanted_gpu_layers
 from swarmpy.plugins.llama.inspection import inspect_header
 from swarmpy.plugins.llama.layers import layers_of
-from swarmpy.plugins.llama.library import Library, find_library, gpu_layers, open_library
+from swarmpy.plugins.llama.library import Library, find_library, open_library
 from swarmpy.shards.gguf import GgmlType, GgufHeader, read_header
 from swarmpy.shards.gguf_cut import GgufCut, cut_layers, why_undivided, write_cut
 
@@ -77,7 +78,15 @@ class LlamaEngine(abc.Engine):
         cells = -(-context // CELLS) * CELLS
         terms = fit(inspection, start, end, slots=slots, context=cells)
         terms = replace(terms, weights=part.fetched_bytes, growth=0)
+        gpus = find_gpus(library)
+        gpu_layers = wanted_gpu_layers()
+        if gpu_layers is None or not gpus:
+            gpu_layers = fitting_gpu_layers(
+                inspection, start, end, slots=slots, context=cells, gpus=gpus
+            )
         available = measured_memory_bytes()
+        if available is not None and gpu_layers:
+            available += sum(gpu.room_bytes for gpu in gpus if gpu.is_apart)
         if available is not None and terms.sum_bytes > available:
             raise DoesNotFit(f"{terms}, but {available} bytes are left")
         from swarmpy.plugins.llama.context import BATCH_TOKENS, ContextSettings
@@ -89,7 +98,7 @@ class LlamaEngine(abc.Engine):
             library,
             part,
             settings=ContextSettings(
-                sequences=slots, tokens=context, threads=threads, gpu_layers=gpu_layers()
+                sequences=slots, tokens=context, threads=threads, gpu_layers=gpu_layers
             ),
             gives_hidden=not is_last,
             takes_hidden=start > 0,
@@ -97,12 +106,14 @@ class LlamaEngine(abc.Engine):
         )
         rows_min: int | None = 2
         if exact:
-            is_batched = is_batch_exact(header, library, threads=threads)
+            is_batched = not gpu_layers and is_batch_exact(header, library, threads=threads)
             rows_min = EXACT_ROWS_MIN if is_batched else None
         exactness = [inspection.build_id, f"threads {threads}", f"ubatch {BATCH_TOKENS}"]
         if any("rope_factors" in name for name in header.tensors):
             # Which of two sets of factors is used depends on the context.
             exactness.append(f"context {context}")
+        if gpu_layers:
+            exactness.append(f"gpu layers {gpu_layers}")
         if not exact:
             exactness.append("not exact")
         return LlamaShard(
@@ -163,14 +174,14 @@ def threads_from_environment() -> int:
 
 
 def is_batch_exact(header: GgufHeader, library: Library, *, threads: int) -> bool:
-    """Whether a batch of several sequences gives each the bits it gets alone (`shard.py`)."""
+    """Whether a batch of several sequences gives each the bits it gets alone, on a CPU."""
     is_measured = all(
         len(tensor.shape) < 2 or (len(tensor.shape) == 2 and tensor.type in BATCH_EXACT_TYPES)
         for tensor in header.tensors.values()
     )
     has_keys = not any(layer.state_bytes for layer in layers_of(header))
-    on_cpu = gpu_layers() == 0 and library.build_id.endswith(BATCH_EXACT_BUILD)
-    return threads == 1 and is_measured and has_keys and on_cpu
+    is_known = library.build_id.endswith(BATCH_EXACT_BUILD)
+    return threads == 1 and is_measured and has_keys and is_known
 
 
 def _read(path: Path) -> GgufHeader:
@@ -180,5 +191,5 @@ def _read(path: Path) -> GgufHeader:
 
 
 def _build_id(library: Library) -> str:
-    layers = gpu_layers()
-    return f"{library.build_id} gpu layers {layers}" if layers else library.build_id
+    gpus = find_gpus(library) if wanted_gpu_layers() != 0 else []
+    return " ".join([library.build_id, *(f"gpu {gpu.name}" for gpu in gpus)])

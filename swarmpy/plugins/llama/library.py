@@ -25,9 +25,6 @@ from swarmpy.plugins.llama import structs
 LIBRARY_VARIABLE = "SWARMPY_LLAMA_LIBRARY"
 """Environment: path of another build of the pinned version, say one for a GPU."""
 
-GPU_LAYERS_VARIABLE = "SWARMPY_LLAMA_GPU_LAYERS"
-"""Environment: layers of a shard that are put on the GPU; 0 where unset."""
-
 INSTALL = 'pip install "swarmpy[llama]"'
 
 ERRORS_KEPT = 4
@@ -146,18 +143,6 @@ def check_layout(native: ctypes.CDLL, name: str) -> None:
                 fix=INSTALL,
             )
         function.restype = kind
-
-
-def gpu_layers(environment: Mapping[str, str] = os.environ) -> int:
-    """Return how many layers of a shard go to the GPU.
-
-    Raises:
-        ConfigError: The variable is no whole number.
-    """
-    text = environment.get(GPU_LAYERS_VARIABLE, "0")
-    if not text.isascii() or not text.isdigit() or len(text) > 6:
-        raise ConfigError(f"{GPU_LAYERS_VARIABLE} is {text!r:.40}, expected a whole number")
-    return int(text)
 
 
 class _Log:
