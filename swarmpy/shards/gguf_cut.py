@@ -150,6 +150,13 @@ class GgufCut:
         """Bytes of the original that are in the cut."""
         return sum(piece.size_bytes for piece in self.pieces)
 
+    @property
+    def holes(self) -> tuple[tuple[int, int], ...]:
+        """Ranges [start, end) of the file that are zeros."""
+        ends = [len(self.header), *(it.target_offset + it.size_bytes for it in self.pieces)]
+        starts = [*(piece.target_offset for piece in self.pieces), self.size_bytes]
+        return tuple((end, start) for end, start in zip(ends, starts, strict=True) if end < start)
+
 
 def layer_count(header: GgufHeader) -> int:
     """Return how many layers can be cut: all but those that only predict further tokens.

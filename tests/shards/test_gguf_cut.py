@@ -192,6 +192,17 @@ def test_holes_take_no_room_on_disk_and_read_as_zeros(tmp_path: Path) -> None:
     assert not any(raw(read_header(target).tensors["token_embd.weight"]))
 
 
+@pytest.mark.parametrize(("start", "end"), [(0, 2), (1, 3), (3, 5), (0, 5)])
+def test_holes_and_pieces_and_header_are_the_whole_file(start: int, end: int) -> None:
+    cut = cut_layers(model(metadata(5), tensors(5)), start, end)
+
+    pieces = [(it.target_offset, it.target_offset + it.size_bytes) for it in cut.pieces]
+    edges = sorted([(0, len(cut.header)), *pieces, *cut.holes])
+
+    assert [end for _, end in edges[:-1]] == [start for start, _ in edges[1:]]
+    assert edges[-1][1] == cut.size_bytes
+
+
 def test_a_hole_is_said_to_be_of_a_smaller_type_than_the_tensor_was() -> None:
     """Method: float32 rows of 64 become blocks of 32 numbers in 18 bytes."""
     part = header_of(cut_layers(model(metadata(2), tensors(2)), 1, 2))

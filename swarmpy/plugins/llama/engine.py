@@ -22,6 +22,7 @@ from swarmpy.plugins.llama.devices import find_gpus, fitting_gpu_layers, wanted_
 from swarmpy.plugins.llama.inspection import inspect_header
 from swarmpy.plugins.llama.layers import layers_of
 from swarmpy.plugins.llama.library import Library, find_library, open_library
+from swarmpy.plugins.llama.mapping import drop_mapped
 from swarmpy.shards.gguf import GgmlType, GgufHeader, read_header
 from swarmpy.shards.gguf_cut import GgufCut, cut_layers, why_undivided, write_cut
 
@@ -147,7 +148,7 @@ class LlamaEngine(abc.Engine):
         with tempfile.TemporaryDirectory(prefix="swarmpy-llama-") as folder:
             path = Path(folder) / "shard.gguf"
             write_cut(part, path, self._report)
-            return NativeContext(
+            native = NativeContext(
                 library,
                 path,
                 settings,
@@ -155,6 +156,8 @@ class LlamaEngine(abc.Engine):
                 takes_hidden=takes_hidden,
                 architecture=architecture,
             )
+            drop_mapped(path, part.holes)
+            return native
 
     def _report(self, done: int, total: int) -> None:
         if self.progress is not None:
