@@ -7,7 +7,7 @@ STAMP_DEV := $(VENV)/.installed-dev
 
 RUNS ?= 1000000
 
-.PHONY: demo test lint interop bench bench-transport bench-simulation fuzz schemas clean
+.PHONY: demo test lint interop bench bench-engines bench-transport bench-simulation fuzz schemas clean
 
 demo: $(STAMP)
 	@$(BIN)/swarmpy demo $(ARGS)
@@ -27,6 +27,9 @@ interop: $(STAMP_DEV)
 
 bench: $(STAMP_DEV)
 	@$(BIN)/python benchmarks/bench_pipeline.py $(ARGS)
+
+bench-engines: $(STAMP_DEV)
+	@$(BIN)/python benchmarks/bench_engines.py $(ARGS)
 
 bench-transport: $(STAMP_DEV)
 	@$(BIN)/python benchmarks/bench_transport.py $(ARGS)

@@ -19,10 +19,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +28,10 @@ import numpy as np
 import platformdirs
 import psutil
 import trio
+from engines.replies import LineProcess, Reply, reply_of_ring, reply_of_whole, ring
 
-from swarmpy.abc import Row, Want
-from swarmpy.config import PREFILL_CHUNK, EngineConfig
-from swarmpy.pipeline import sampling
-from swarmpy.pipeline.engine_host import EngineHost, HostedShard
-from swarmpy.proto.pipeline import Sampling
+from swarmpy.config import EngineConfig
+from swarmpy.pipeline.engine_host import EngineHost
 from swarmpy.shards.catalog import Catalog
 from swarmpy.shards.sources import DEFAULT_MODEL
 from swarmpy.testing.engine import EchoModel
@@ -50,86 +46,8 @@ ECHO_TOKENS = 600
 AWAKE_S_MAX = 900
 """The loop of `--awake` ends after this long in any case."""
 
-NODE_START_TIMEOUT_S = 60.0
-NODE_END_TIMEOUT_S = 2.0
 
-
-@dataclass
-class NodeProcess:
-    """One node of benchmarks/node_process.py, and the line protocol to it."""
-
-    process: trio.Process
-    lines: AsyncIterator[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.lines = self._read_lines()
-
-    async def _read_lines(self) -> AsyncIterator[str]:
-        assert self.process.stdout is not None
-        buffer = b""
-        async for chunk in self.process.stdout:
-            buffer += chunk
-            while b"\n" in buffer:
-                line, _, buffer = buffer.partition(b"\n")
-                yield line.decode()
-
-    async def read(self) -> Any:
-        return json.loads(await anext(self.lines))
-
-    async def do(self, command: str, **arguments: object) -> Any:
-        assert self.process.stdin is not None
-        line = json.dumps({"do": command, **arguments}) + "\n"
-        await self.process.stdin.send_all(line.encode())
-        return await self.read()
-
-
-@asynccontextmanager
-async def ring(
-    count: int,
-    *,
-    engine: str,
-    model: str,
-    cache: Path,
-    memory_bytes: int,
-    threads: int,
-    awake: bool,
-) -> AsyncIterator[list[NodeProcess]]:
-    """`count` nodes in processes of their own that have joined one network and assembled a ring."""
-    nodes: list[NodeProcess] = []
-    with tempfile.TemporaryDirectory(prefix="swarmpy-bench-") as folder:
-        try:
-            for index in range(count):
-                arguments = {
-                    "folder": str(Path(folder) / f"node-{index + 1}"),
-                    "cache": str(cache),
-                    "memory_bytes": memory_bytes,
-                    "engine": engine,
-                    "threads": threads,
-                    "model": model,
-                }
-                command = [sys.executable, str(Path(__file__).with_name("node_process.py"))]
-                process = await trio.lowlevel.open_process(
-                    [*command, json.dumps(arguments)], stdin=-1, stdout=-1
-                )
-                nodes.append(NodeProcess(process))
-            with trio.fail_after(NODE_START_TIMEOUT_S):
-                for node in nodes:
-                    await node.read()
-                for node in nodes[1:]:
-                    await node.do("join", code=await nodes[0].do("invite"))
-                for node in nodes:
-                    await node.do("wait_members", count=count - 1)
-                view = await nodes[0].do("prepare")
-            assert len(view["stages"]) == count, f"{len(view['stages'])} stages, expected {count}"
-            if awake:
-                part(nodes)
-            yield nodes
-        finally:
-            with trio.CancelScope(shield=True):
-                await end(nodes)
-
-
-def part(nodes: Sequence[NodeProcess]) -> None:
+def part(nodes: Sequence[LineProcess]) -> None:
     """Give the nodes the first CPU, which is kept awake, and their engine children the others."""
     others = list(range(1, os.cpu_count() or 1))
     for node in nodes:
@@ -156,76 +74,6 @@ def first_cpu_awake() -> Iterator[None]:
             process.kill()
 
 
-async def end(nodes: Sequence[NodeProcess]) -> None:
-    """Let the nodes end by themselves, and after a while by force."""
-    for node in nodes:
-        assert node.process.stdin is not None
-        await node.process.stdin.aclose()
-    for node in nodes:
-        with trio.move_on_after(NODE_END_TIMEOUT_S):
-            await node.process.wait()
-        node.process.kill()
-        await node.process.wait()
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One measured reply."""
-
-    token_ids: list[int]
-    tok_s: float
-    ttft_s: float
-    hop_overhead_ms: float = 0.0
-    engine_ms: float = 0.0
-    node_cpu_ms_per_token: float = 0.0
-
-
-async def reply_of_ring(nodes: Sequence[NodeProcess], prompt: list[int], count: int) -> Reply:
-    before = [await node.do("cpu") for node in nodes]
-    answer = await nodes[0].do("generate", token_ids=prompt, max_tokens=count)
-    after = [await node.do("cpu") for node in nodes]
-    report = answer["report"]
-    return Reply(
-        token_ids=answer["token_ids"],
-        tok_s=report["tok_s"],
-        ttft_s=report["ttft_s"],
-        hop_overhead_ms=report["hop_overhead_ms_p50"],
-        engine_ms=report["engine_ms_p50"],
-        node_cpu_ms_per_token=(sum(after) - sum(before)) * 1e3 / len(answer["token_ids"]),
-    )
-
-
-async def reply_of_whole(shard: HostedShard, prompt: list[int], count: int) -> Reply:
-    """The same reply by one engine child: chunks on the grid, then token by token."""
-    began = time.perf_counter()
-    ids = np.array(prompt, np.int32)
-    for start in range(0, len(ids), PREFILL_CHUNK):
-        chunk = ids[start : start + PREFILL_CHUNK]
-        is_last = start + len(chunk) == len(ids)
-        logits = await step(shard, start, chunk, Want.LAST_LOGITS if is_last else Want.NOTHING)
-    tokens = [choose(logits, prompt, [])]
-    first = time.perf_counter()
-    while len(tokens) < count:
-        position = len(prompt) + len(tokens) - 1
-        logits = await step(shard, position, np.array(tokens[-1:], np.int32), Want.LAST_LOGITS)
-        tokens.append(choose(logits, prompt, tokens))
-    took = time.perf_counter() - first
-    await shard.free(0)
-    return Reply(token_ids=tokens, tok_s=(count - 1) / took, ttft_s=first - began)
-
-
-async def step(shard: HostedShard, position: int, ids: Any, want: Want) -> Any:
-    row = Row(slot=0, position=position, count=len(ids), token_ids=ids, hidden=None, want=want)
-    output = (await shard.step((row,))).outputs[0]
-    assert not output.error, output.error
-    return None if output.logits is None else np.frombuffer(output.logits.data, np.float32)
-
-
-def choose(logits: Any, prompt: Sequence[int], tokens: Sequence[int]) -> int:
-    position = len(prompt) + len(tokens)
-    return sampling.sample(logits, Sampling(), position=position, history=()).token
-
-
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     cache = Path(os.environ.get("SWARMPY_CACHE") or platformdirs.user_cache_path("swarmpy"))
     entry = await Catalog(cache).pull(DEFAULT_MODEL, lambda _: None)
@@ -250,21 +98,21 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             budget = split_budget(inspection, count, slots=SLOTS, context=CONTEXT)
             rings[str(count)] = await stack.enter_async_context(
                 ring(
-                    count,
+                    [budget] * count,
                     engine="mlx",
                     model=DEFAULT_MODEL,
                     cache=cache,
-                    memory_bytes=budget,
                     threads=arguments.threads,
-                    awake=arguments.awake,
                 )
             )
+            if arguments.awake:
+                part(rings[str(count)].nodes)
         for number in range(arguments.rounds + 1):
             for name, replies in results.items():
                 if name == "whole":
                     reply = await reply_of_whole(whole, prompt, arguments.tokens)
                 else:
-                    reply = await reply_of_ring(rings[name], prompt, arguments.tokens)
+                    reply = await reply_of_ring(rings[name].nodes, prompt, arguments.tokens)
                 if number:  # the first round warms up
                     replies.append(reply)
                 say(arguments, f"round {number} {name:>5}: {reply.tok_s:6.2f} tok/s")
@@ -287,17 +135,17 @@ async def replies_of_echo(arguments: argparse.Namespace, engine: str, count: int
         )
         path = model.write(Path(folder) / "echo")
         async with ring(
-            3,
+            [480_000_000] * 3,
             engine=engine,
             model=str(path),
             cache=Path(folder) / "cache",
-            memory_bytes=480_000_000,
             threads=1,
-            awake=arguments.awake,
-        ) as nodes:
+        ) as echo:
+            if arguments.awake:
+                part(echo.nodes)
             replies = []
             for _ in range(arguments.rounds):
-                replies.append(await reply_of_ring(nodes, [1, 2, 3], count))
+                replies.append(await reply_of_ring(echo.nodes, [1, 2, 3], count))
                 say(arguments, f"{engine.split(':')[1]}: {replies[-1].tok_s:.0f} tok/s")
     return replies
 

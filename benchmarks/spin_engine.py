@@ -1,4 +1,4 @@
-"""An engine that takes as long as a real one and touches no memory: what a warm hop costs."""
+"""Engines that touch no memory: what a warm hop costs, and the pipe to an engine child alone."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from swarmpy.abc import Output, Row, Shard
 from swarmpy.testing.engine import EchoEngine
 
 STEP_S = 0.02
-"""One third of the default model takes this long on the machine that was measured."""
+"""One third of the default model takes MLX this long on the machine that was measured."""
 
 
-class SpinEngine(EchoEngine):
-    """The EchoEngine in a child process, 20 ms a step."""
+class ChildEchoEngine(EchoEngine):
+    """The EchoEngine in a child process."""
+
+    name = "child-echo"
+    in_process = False
+
+
+class SpinEngine(ChildEchoEngine):
+    """The same, 20 ms a step."""
 
     name = "spin"
-    in_process = False
 
     def load(
         self, folder: Path, *, start: int, end: int, slots: int, context: int, exact: bool

@@ -254,19 +254,25 @@ class EngineProcess:
             while not self._frames:
                 # Wait first: a reply is never there already.
                 await self._wait(trio.lowlevel.wait_readable)
-                try:
-                    count = self._socket.recv_into(self._reader.wanted)
-                except BlockingIOError:
-                    continue
-                if count == 0:
+                # Of a large frame the first read brings the beginning; its rest is there as well.
+                if not self._read() or not (self._frames or self._read()):
                     await self._raise_lost("the engine child ended")
-                self._frames.extend(self._reader.received(count))
             head, payload = self._frames.popleft()
             return messages.decode_reply(head), payload
         except (BadMessage, FrameTooLarge) as error:
             await self._raise_lost(f"the engine child broke the protocol: {error}")
         except ConnectionError:
             await self._raise_lost("the engine child ended")
+
+    def _read(self) -> bool:
+        """Read what is there; False at the end of the pipe."""
+        try:
+            count = self._socket.recv_into(self._reader.wanted)
+        except BlockingIOError:
+            return True
+        if count:
+            self._frames.extend(self._reader.received(count))
+        return count > 0
 
     async def _wait(self, wait_ready: Callable[[socket.socket], Awaitable[None]]) -> None:
         """Wait for the socket. `_keep_watch` ends a child that makes this wait too long."""

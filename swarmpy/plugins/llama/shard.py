@@ -26,6 +26,7 @@ import numpy as np
 from swarmpy import abc
 from swarmpy.abc import Output, Row, StateKind, Want
 from swarmpy.errors import BadMessage, ModelRefused, RowError
+from swarmpy.pipeline.finite import is_finite
 from swarmpy.plugins.llama.context import BATCH_TOKENS, Floats, NativeContext
 from swarmpy.plugins.llama.state import (
     Numbers,
@@ -112,7 +113,8 @@ class LlamaShard(abc.Shard):
         outputs: dict[int, Output] = {}
         batch: dict[int, Row] = {}
         for index, row in enumerate(rows):
-            is_batched = self._batch_rows_min is not None and row.count == 1
+            # A row that came alone goes the short way: what it costs is a part of every hop.
+            is_batched = self._batch_rows_min is not None and row.count == 1 and len(rows) > 1
             if not is_batched or any(row.slot == other.slot for other in batch.values()):
                 outputs |= self._run_batch(batch)
                 batch = {}
@@ -155,14 +157,15 @@ class LlamaShard(abc.Shard):
     def _check_inputs(self, row: Row) -> None:
         check_hidden(row.hidden or (), self._received, count=row.count)
         if not self._is_first:
-            if not np.isfinite(self._inputs(row)).all():
+            if not all(map(is_finite, row.hidden or ())):
                 raise RowError("hidden state not finite")
             return
         if row.token_ids is None:
             raise RowError("these layers depend on the token ids, and none came")
         if row.token_ids.shape != (row.count,):
             raise RowError(f"token ids {row.token_ids.shape} for {row.count} tokens")
-        if row.token_ids.min() < 0 or row.token_ids.max() >= self._native.vocabulary_size:
+        ids = row.token_ids.tolist()
+        if min(ids) < 0 or max(ids) >= self._native.vocabulary_size:
             raise RowError(f"a token id outside the vocabulary of {self._native.vocabulary_size}")
 
     def _inputs(self, row: Row) -> TokenIds | Floats:
@@ -228,12 +231,12 @@ class LlamaShard(abc.Shard):
         self._ends[row.slot] = row.position + row.count
         if row.want is Want.NOTHING:
             return Output(slot=row.slot)
-        if not np.isfinite(results).all():
+        tensor = _tensor(results[-1] if row.want is Want.LAST_LOGITS else results)
+        if not is_finite(tensor):
             return self._failed(row, "engine output not finite")
         if row.want is Want.HIDDEN:
-            return Output(slot=row.slot, hidden=(_tensor(results),))
-        logits = results[-1] if row.want is Want.LAST_LOGITS else results
-        return Output(slot=row.slot, logits=_tensor(logits))
+            return Output(slot=row.slot, hidden=(tensor,))
+        return Output(slot=row.slot, logits=tensor)
 
     def _failed(self, row: Row, error: str) -> Output:
         """Return an error's output; the state may be half changed, so nobody must go on from it."""
@@ -355,5 +358,4 @@ class LlamaShard(abc.Shard):
 
 
 def _tensor(numbers: Floats) -> Tensor:
-    data = np.ascontiguousarray(numbers).reshape(-1).view(np.uint8).data
-    return Tensor("float32", numbers.shape, data)
+    return Tensor("float32", numbers.shape, numbers.tobytes())
