@@ -153,6 +153,12 @@ class StageLost(PipelineError):
     advice = "Send the request again; the remaining peers are planned anew."
 
 
+class StageEvicted(StageLost):
+    """A stage had no session, and made room for another model."""
+
+    advice = "Send the request again, or give models more memory (engine.memory_bytes_max)."
+
+
 class EngineLost(PipelineError):
     """The engine's child process is gone; every slot of the shard is lost with it."""
 

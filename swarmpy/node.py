@@ -27,6 +27,7 @@ from swarmpy.errors import (
     EngineLost,
     ModelNotFound,
     NoPipeline,
+    StageEvicted,
     StageLost,
     SwarmError,
 )
@@ -58,6 +59,9 @@ logger = logging.getLogger(__name__)
 
 MEMORY_SHARE = 0.75
 """Part of the available memory a node offers where no budget is set: the rest stays its owner's."""
+
+STARTS_MAX = 8
+"""Tries to begin a reply while its model makes room for others; a stage that is lost costs one."""
 
 PRELOAD_PAUSE_S = 1.0
 PRELOAD_PAUSE_S_MAX = 60.0
@@ -119,7 +123,7 @@ class Node:
             memory_bytes_max=memory_bytes if self.engines else 0,
             find_model=self._model_path,
             obtain_files=self._obtain_files,
-            missing_bytes=self._missing_bytes,
+            check_files=self._check_files,
             connect=lambda peer: self.discovery.connect(peer),
             on_change=partial(node_offers.announce_holdings, self),
         )
@@ -276,13 +280,17 @@ class Node:
             on_progress=on_progress,
             on_close=self._reply_closed,
         )
-        pipeline = await self._pipeline_for(model, on_progress)
-        try:
-            generation = await start(pipeline, session_id=self._new_id())
-        except (StageLost, EngineLost):
-            # Lost while the reply had not begun: nothing was sent that a new ring could contradict.
+        tries = STARTS_MAX
+        while True:
+            tries -= 1
             pipeline = await self._pipeline_for(model, on_progress)
-            generation = await start(pipeline, session_id=self._new_id())
+            try:
+                generation = await start(pipeline, session_id=self._new_id())
+                break
+            except (StageLost, EngineLost) as error:
+                # The reply had not begun: nothing was sent that a new ring could contradict.
+                if not tries or (tries < STARTS_MAX - 1 and not isinstance(error, StageEvicted)):
+                    raise
         self._replies.add(generation)
         return generation
 
@@ -316,7 +324,11 @@ class Node:
             return await assemble()
 
     async def _keep_loaded(self, model: str) -> None:
-        """Assemble a model's pipeline, and again whenever it was lost or members come that help."""
+        """Assemble a model's pipeline, and again when it was lost or members come that help.
+
+        One that made room for another model stays away until somebody asks for it: two that do not
+        fit together would replace each other for ever.
+        """
         pause_s = PRELOAD_PAUSE_S
         while not self._stopping.is_set():
             try:
@@ -328,8 +340,8 @@ class Node:
             else:
                 pause_s = PRELOAD_PAUSE_S
                 await pipeline.wait_closed()
-                if self.config.models.single:
-                    return  # Another model was asked for: it stays until somebody asks again.
+                if isinstance(pipeline.error, StageEvicted):
+                    return
             await trio.sleep(pause_s)
             pause_s = min(2 * pause_s, PRELOAD_PAUSE_S_MAX)
 
@@ -477,9 +489,20 @@ class Node:
             entry.check_layers(start, end)
         return entry.path
 
-    def _missing_bytes(self, model_id: str, start: int, end: int) -> int:
-        entry = self.catalog.by_id(model_id)
-        return self.catalog.missing_bytes(entry, start=start, end=end) if entry else 0
+    async def _check_files(self, model_id: str, start: int, end: int) -> int:
+        """Return the bytes of layers that this node would fetch before it loads them.
+
+        Raises:
+            ModelNotFound: The model is not here, or these layers are not and may not be fetched.
+        """
+        entry = await trio.to_thread.run_sync(self.catalog.by_id, model_id)
+        if entry is None:
+            raise ModelNotFound(f"this node does not have model {model_id}")
+        if not node_offers.fetches(self, entry):
+            entry.check_layers(start, end)
+            return 0
+        missing = partial(self.catalog.missing_bytes, entry, start=start, end=end)
+        return await trio.to_thread.run_sync(missing)
 
     # Status ----------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from swarmpy.identity import PeerId
 from swarmpy.pipeline.planner import Capacity
 from swarmpy.proto.announce import (
     MODELS_MAX,
+    RANGES_MAX,
     SHARDS_MAX,
     AnnouncedModel,
     AnnouncedShard,
@@ -72,7 +73,7 @@ def _capacity(announcement: Announcement, model_id: str) -> Capacity:
         peer=PeerId(announcement.peer),
         name=announcement.name,
         memory_bytes=announcement.memory_bytes_max,
-        speed_bytes_s=announcement.speed_bytes_s,
+        speed_bytes_s=(told and told.speed_bytes_s) or announcement.speed_bytes_s,
         holds_model=told is not None,
         files=told.layers if told is not None else None,
         fetches=told is not None and told.fetches,
@@ -106,12 +107,21 @@ def announce_models(node: Node) -> None:
                 size_bytes=entry.size_bytes,
                 layer_count=entry.layer_count,
                 engine=engine_of(node, entry.model_id),
-                layers=entry.layers,
+                layers=_told_layers(entry),
                 fetches=fetches(node, entry),
+                speed_bytes_s=speeds(node).get(engine_of(node, entry.model_id), 0.0),
             )
             for entry in models[:MODELS_MAX]
         )
     )
+
+
+def _told_layers(entry: ModelEntry) -> tuple[tuple[int, int], ...] | None:
+    """The ranges of layers that are here, the longest of them where there are too many to tell."""
+    if entry.layers is None:
+        return None
+    longest = sorted(entry.layers, key=lambda layers: layers[0] - layers[1])[:RANGES_MAX]
+    return tuple(sorted(longest))
 
 
 def announce_holdings(node: Node) -> None:

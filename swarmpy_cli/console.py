@@ -183,6 +183,6 @@ def print_table(
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(without_controls(cell)) for cell in row))
     width = None if stream.isatty() else PIPE_WIDTH
     Console(file=stream, width=width, highlight=False).print(table)

@@ -8,7 +8,6 @@ Spec: protocols/pipeline.md, section "Assembly".
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -25,6 +24,7 @@ from swarmpy.errors import (
     PeerTimeout,
     PipelineError,
     ProtocolError,
+    StageEvicted,
     StageLost,
     SwarmError,
 )
@@ -33,8 +33,9 @@ from swarmpy.net.messages import MessageStream
 from swarmpy.pipeline.coordinator import OfferRefused, Pipeline, StageClient
 from swarmpy.pipeline.fit import format_bytes
 from swarmpy.pipeline.links import PROTOCOL, carry, control_pair
-from swarmpy.pipeline.planner import Capacity, Plan, plan
-from swarmpy.pipeline.stage import StageService, inspection_of
+from swarmpy.pipeline.offers import inspection_of
+from swarmpy.pipeline.planner import ENGINES_MAX, Capacity, Plan, plan
+from swarmpy.pipeline.stage import StageService
 from swarmpy.proto.pipeline import Describe, Described, Description, Offer, Report
 from swarmpy.status import PipelineView
 
@@ -43,18 +44,23 @@ logger = logging.getLogger(__name__)
 OFFER_TIMEOUT_S = 150.0
 """From an offer to its answer: the peer may have to start an engine to inspect the model."""
 
-UNKNOWN_WAIT_S = 3.0
-"""For peers that have not announced their engine, all at once: it is known a second after they
-started, and who does not answer is taken to have this node's."""
+DESCRIBE_WAIT_S = 3.0
+"""For peers' descriptions of a model, once one is there: who does not answer is done without."""
+
+ASKED_MAX = 3
+"""Peers that are asked of one engine: the first to answer will do."""
 
 UNKNOWN_MAX = 16
-"""Of those that are asked."""
+"""Peers that are asked for their engine, which they announce a second after they started."""
 
 PLANS_MAX = 3
 """Plans tried for one request: what was announced may be out of date."""
 
 BUSY_WAIT_S = 1800.0
 """Longest wait for other coordinators' assemblies: a large model loads from a slow disk."""
+
+ASSEMBLY_BEAT_S = 1.0
+"""Between two beats to the stages of a ring that is being loaded."""
 
 BUSY_PAUSE_S = 0.3
 """Between two tries at a ring that another coordinator is assembling: many offers' round trips."""
@@ -152,7 +158,7 @@ class Assembler:
         for pipeline in list(self._pipelines.values()):
             step = f"waiting for replies of {pipeline.model}"
             progress(Progress(step=step, done=0, total=0, unit=""))
-            await pipeline.drain(StageLost("it made room for another model (models.single)"))
+            await pipeline.drain(StageEvicted("it made room for another model (models.single)"))
 
     async def plan_for(self, model_id: str) -> Plan:
         """Return the plan that an assembly would begin with; nobody is asked to load anything.
@@ -218,44 +224,56 @@ class Assembler:
     async def _inspect(self, model_id: str) -> _Told:
         """What each engine that could take part knows of a model, this node's first.
 
-        Of each engine that is announced one peer is asked, and each peer that has just started and
-        not announced its engine yet.
+        Peers are asked for engines that this node does not have, and those that have just started
+        and not announced theirs, all at once.
 
         Raises:
-            ModelNotFound, ModelRefused: Nobody said anything; this node's own reason.
+            SwarmError: Nobody said anything; this node's own reason.
         """
         told = _Told()
+        missing: SwarmError = ModelNotFound(f"nobody says anything of model {model_id}")
         try:
             own = (await self._service.choose(model_id)).inspection
             told.inspections[own.engine] = own
-        except ModelError as error:
+        except SwarmError as error:
             missing = error
-        others = [
-            capacity
-            for capacity in self._capacities(model_id)
-            if capacity.holds_model and capacity.peer != self._service.peer
-        ]
-        for capacity in others:
-            if capacity.engine and capacity.engine not in told.inspections:
-                await self._hear(capacity.peer, model_id, told)
-        unknown = [capacity.peer for capacity in others if not capacity.engine]
-        wait_s = UNKNOWN_WAIT_S if told.inspections else math.inf
-        with trio.move_on_after(wait_s):
+        asked = self._to_ask(model_id, told)
+        with trio.CancelScope() as scope:
+            if told.inspections:
+                scope.deadline = trio.current_time() + DESCRIBE_WAIT_S
             async with trio.open_nursery() as nursery:
-                for peer in unknown[:UNKNOWN_MAX]:
-                    nursery.start_soon(self._hear, peer, model_id, told)
+                for capacity in asked:
+                    nursery.start_soon(self._hear, capacity, model_id, told, scope)
         if not told.inspections:
             raise missing
         return told
 
-    async def _hear(self, peer: PeerId, model_id: str, told: _Told) -> None:
-        """Ask a peer; one that does not answer may be made up for by another."""
+    def _to_ask(self, model_id: str, told: _Told) -> list[Capacity]:
+        """Some peers of each engine that is not known yet, and those whose engine is not."""
+        asked: dict[str, list[Capacity]] = {}
+        for capacity in self._capacities(model_id):
+            is_other = capacity.holds_model and capacity.peer != self._service.peer
+            if is_other and capacity.engine not in told.inspections:
+                asked.setdefault(capacity.engine, []).append(capacity)
+        engines = sorted(asked)[: ENGINES_MAX + 1]  # "", those that have not told, is the first.
+        return [
+            capacity
+            for engine in engines
+            for capacity in asked[engine][: ASKED_MAX if engine else UNKNOWN_MAX]
+        ]
+
+    async def _hear(
+        self, capacity: Capacity, model_id: str, told: _Told, scope: trio.CancelScope
+    ) -> None:
+        """Ask a peer; one with no answer, or of another engine than announced, is left out."""
         try:
-            inspection = await self._ask(peer, model_id)
+            inspection = await self._ask(capacity.peer, model_id)
         except (NetworkError, ProtocolError, ModelError):
             return
-        told.inspections.setdefault(inspection.engine, inspection)
-        told.engines[peer] = inspection.engine
+        if capacity.engine in ("", inspection.engine):
+            told.inspections.setdefault(inspection.engine, inspection)
+            told.engines[capacity.peer] = inspection.engine
+            scope.deadline = min(scope.deadline, trio.current_time() + DESCRIBE_WAIT_S)
 
     async def _ask(self, peer: PeerId, model_id: str) -> Inspection:
         await self._service.reach(peer)
@@ -376,9 +394,18 @@ class _Attempt:
         async def load(client: StageClient) -> None:
             await client.load(progress)
 
-        if not await self._all(load, stop_early=True):
-            return None
-        return tuple(self._clients)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._beat)
+            is_loaded = await self._all(load, stop_early=True)
+            nursery.cancel_scope.cancel()
+        return tuple(self._clients) if is_loaded else None
+
+    async def _beat(self) -> None:
+        """Keep shards that are loaded already from making room while others still fetch or load."""
+        while True:
+            for client in self._clients:
+                client.beat(())
+            await trio.sleep(ASSEMBLY_BEAT_S)
 
     def _offer_remote(self, offer: Offer, peer: PeerId) -> None:
         control, far_end = control_pair(coordinator=self._service.peer, stage=peer)

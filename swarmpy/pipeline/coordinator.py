@@ -26,6 +26,7 @@ from swarmpy.pipeline.audience import Audience
 from swarmpy.pipeline.links import CoordinatorControl, OutEdge, error_of
 from swarmpy.pipeline.planner import Plan, StagePlan
 from swarmpy.pipeline.stage import StageService
+from swarmpy.proto.membership import check_printable
 from swarmpy.proto.pipeline import (
     Accepted,
     Beat,
@@ -152,6 +153,8 @@ class StageClient:
                         )
                     )
                 case Loaded() as loaded:
+                    check_printable(loaded.engine, "a report")
+                    check_printable(loaded.exactness, "a report")
                     self.loaded = loaded
                     return loaded
                 case Failed() as failed:
@@ -266,11 +269,25 @@ class Pipeline:
         await self._closed.wait()
 
     async def drain(self, error: SwarmError) -> None:
-        """Let the sessions that run finish, then close with `error`."""
+        """Let the sessions that run or wait for a slot finish, then close with `error`.
+
+        Cancelled, the pipeline goes on as before.
+        """
         self.is_draining = True
-        if self._sessions:
-            await self._idle.wait()
+        try:
+            if not self._is_idle():
+                await self._idle.wait()
+        except trio.Cancelled:
+            self.is_draining = False
+            raise
         self.close(error)
+
+    def _is_idle(self) -> bool:
+        return not self._sessions and not self._slots.statistics().tasks_waiting
+
+    def _note_idle(self) -> None:
+        if self.is_draining and self._is_idle():
+            self._idle.set()
 
     @property
     def service(self) -> StageService:
@@ -407,7 +424,11 @@ class Pipeline:
             if waiting >= SESSIONS_MAX:
                 raise PipelineError(f"{waiting} requests wait for a slot already") from None
             progress(Progress(step="queued", done=waiting + 1, total=0, unit="sessions"))
-            await self._slots.acquire()
+            try:
+                await self._slots.acquire()
+            except trio.Cancelled:
+                self._note_idle()
+                raise
 
     async def _try_open(self, messages: tuple[Open, ...], audience: Audience) -> bool:
         """Ask all stages at once; False, with nothing taken, if one is busy."""
@@ -442,8 +463,7 @@ class Pipeline:
         for client in self.clients:
             client.close_session(session.id)
         self._slots.release()
-        if self.is_draining and not self._sessions:
-            self._idle.set()
+        self._note_idle()
 
     def prompt_edge(self, session: bytes) -> OutEdge | None:
         """A stream for a session's prompt to the first stage; None where that is this node."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import trio
 
 from swarmpy.abc import Format, Inspection, Suitability
 from swarmpy.config import EngineConfig
-from swarmpy.errors import ExtensionNotFound, ModelRefused, SwarmError
+from swarmpy.errors import EngineLost, ExtensionNotFound, ModelRefused, SwarmError
 from swarmpy.extensions import engine_names
 from swarmpy.pipeline.engine_host import EngineHost
 
@@ -31,6 +30,8 @@ class Choice:
     inspection: Inspection
     why: str
     """In words, with what others said that were asked before."""
+    is_certain: bool = True
+    """False where an engine that would come first was lost while it was asked."""
 
 
 class Engines:
@@ -72,8 +73,7 @@ class Engines:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Watch over all engines' children until cancelled; then end them."""
-        async with AsyncExitStack() as stack:
-            nursery = await stack.enter_async_context(trio.open_nursery())
+        async with trio.open_nursery() as nursery:
             for host in self.hosts:
                 await nursery.start(host.run)
             task_status.started()
@@ -96,7 +96,8 @@ class Engines:
                 refusals.append((host.engine_name, error))
                 continue
             why = "; ".join([suitability.why, *(f"{name}: {error}" for name, error in refusals)])
-            return Choice(host, inspection, why)
+            lost = any(isinstance(error, EngineLost) for _, error in refusals)
+            return Choice(host, inspection, why, is_certain=not lost)
         if len(refusals) == 1:
             raise refusals[0][1]
         reasons = "; ".join(f"{name}: {error}" for name, error in refusals)

@@ -20,7 +20,7 @@ from swarmpy.errors import (
     PipelineError,
     RowError,
     StageBusy,
-    StageLost,
+    StageEvicted,
 )
 from swarmpy.pipeline.engine_host import EngineHost, HostedShard
 from swarmpy.pipeline.fit import FitTerms, format_bytes
@@ -140,7 +140,7 @@ class Holdings:
         for holding in idle:
             if self.memory_bytes_free >= 0:
                 break
-            self._on_lost(holding, StageLost("the idle shard made room for another model"))
+            self._on_lost(holding, StageEvicted("the idle shard made room for another model"))
             await self._close(holding)
         self._on_change()
         return wanted
@@ -221,6 +221,10 @@ class Holdings:
         holding.sessions += 1
         slot = holding.free_slots.pop(0)
         return slot, holding.clearing.get(slot)
+
+    def touch(self, holding: Holding) -> None:
+        """Count a shard as in use now: its pipeline is still being assembled."""
+        holding.idle_since = trio.current_time()
 
     def return_slot(self, holding: Holding, slot: int) -> None:
         """Take a slot back; its state is forgotten before anybody's next step in it."""

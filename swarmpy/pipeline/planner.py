@@ -39,6 +39,9 @@ SLACK = 1.05
 PEERS_EXACT_MAX = 10
 """Peers among which every subset and order is searched; beyond it the ones with most memory."""
 
+ENGINES_MAX = 4
+"""Different engines that one plan considers: every group of them that agrees is searched."""
+
 ORDERS_MAX = 1000
 """Orders that are balanced one by one; beyond it those of the first feasible subset alone."""
 
@@ -142,8 +145,9 @@ def plan(
                 found,
                 key=lambda plan: (len(plan.stages), plan.ring[0] != coordinator, -plan.tok_s),
             )
-    # The reason that is told is of all who could take part together, or of the first engine.
-    raise NoPipeline(searches[-1 if len(mixes[-1].engines) > 1 else 0].refusal(asked))
+    # The reason that is told is of as many as could take part together.
+    most = max(zip(mixes, searches, strict=True), key=lambda pair: len(pair[0].engines))
+    raise NoPipeline(most[1].refusal(asked))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +157,8 @@ class Mix:
     engines: Mapping[str, Inspection]
     cuts: tuple[int, ...]
     """At which each of them hands on what all others take."""
+    unknown: str
+    """The engine that peers are taken to have who have not told."""
 
     @property
     def layer_count(self) -> int:
@@ -160,30 +166,34 @@ class Mix:
 
     def inspection(self, peer: Capacity) -> Inspection | None:
         """What a peer's engine knows of the model; None where it is not of this mix."""
-        if peer.engine:
-            return self.engines.get(peer.engine)
-        return next(iter(self.engines.values()))
+        return self.engines.get(peer.engine or self.unknown)
 
 
 def mixes_of(inspections: Sequence[Inspection]) -> list[Mix]:
-    """Return each engine alone, and all together that agree on the model and on some cut.
+    """Return each engine alone, each two that agree, and so on; the smallest first.
 
     Engines agree where they see the same layers, width and vocabulary, need token ids in the same
-    layers, and hand on the same tensors.
+    layers, and hand on the same tensors. A ring is planned in the mix of just the engines it has,
+    so that no other's limits are its own.
     """
-    mixes = [Mix({item.engine: item}, tuple(sorted(set(item.cuts)))) for item in inspections]
-    first, *others = inspections
-    together, cuts = {first.engine: first}, set(first.cuts)
-    for item in others:
-        common = {
-            cut for cut in cuts & set(item.cuts) if item.wire_specs[cut] == first.wire_specs[cut]
-        }
-        if _shape(item) == _shape(first) and common:
-            together[item.engine] = item
-            cuts = common
-    if len(together) > 1:
-        mixes.append(Mix(together, tuple(sorted(cuts))))
+    known = inspections[:ENGINES_MAX]
+    mixes = []
+    for size in range(1, len(known) + 1):
+        for group in itertools.combinations(known, size):
+            cuts = _common_cuts(group)
+            if size == 1 or (cuts and len(set(map(_shape, group))) == 1):
+                engines = {item.engine: item for item in group}
+                mixes.append(Mix(engines, cuts, unknown=inspections[0].engine))
     return mixes
+
+
+def _common_cuts(group: Sequence[Inspection]) -> tuple[int, ...]:
+    first, *others = group
+    return tuple(
+        cut
+        for cut in sorted(set(first.cuts).intersection(*(item.cuts for item in others)))
+        if all(item.wire_specs[cut] == first.wire_specs[cut] for item in others)
+    )
 
 
 def _shape(inspection: Inspection) -> tuple[object, ...]:
@@ -295,7 +305,7 @@ class _Search:
         fattest = sorted(peers, key=lambda peer: (-peer.memory_bytes, peer.peer))
         feasible = self._fewest(fattest[:PEERS_EXACT_MAX])
         if feasible is None:
-            greedy = self._greedy(fattest[:STAGES_MAX])
+            greedy = self._greedy(fattest)
             return None if greedy is None else self.build(*greedy)
         size = len(feasible)
         among = sorted(fattest[:PEERS_EXACT_MAX], key=lambda peer: peer.peer)
@@ -328,14 +338,18 @@ class _Search:
         return None
 
     def _greedy(self, peers: Sequence[Capacity]) -> tuple[list[Capacity], list[int]] | None:
-        """Fill peer after peer, for swarms too large to search."""
+        """Give each stretch to whoever reaches furthest, for swarms too large to search."""
+        left, cuts = list(peers), [0]
         order: list[Capacity] = []
-        cuts = [0]
-        for peer in peers:
-            end = self.reach(peer, cuts[-1], math.inf)
-            if end > cuts[-1]:
-                order.append(peer)
-                cuts.append(end)
+        while left and len(order) < STAGES_MAX:
+            start = cuts[-1]
+            furthest = max(left, key=lambda peer: self.reach(peer, start, math.inf))
+            end = self.reach(furthest, start, math.inf)
+            if end == start:
+                return None
+            left.remove(furthest)
+            order.append(furthest)
+            cuts.append(end)
             if end == self._count:
                 return order, cuts
         return None
@@ -415,9 +429,10 @@ class _Search:
 
         Missing is what the layers need that are left over when every peer takes all it can.
         """
-        start = 0
-        for peer in sorted(self._able(asked), key=lambda peer: (-peer.memory_bytes, peer.peer)):
-            start = self.reach(peer, start, math.inf)
+        start, left = 0, self._able(asked)
+        while left and (end := max(self.reach(peer, start, math.inf) for peer in left)) > start:
+            left.remove(next(it for it in left if self.reach(it, start, math.inf) == end))
+            start = end
         any_peer = Capacity(peer=PeerId(""), name="", memory_bytes=0)
         missing = self.terms(any_peer, start, self._count).sum_bytes
         who = ", ".join(self._offer(peer) for peer in asked)

@@ -7,7 +7,7 @@ Whatever is wrong with one session ends that session alone. Spec: protocols/pipe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import trio
@@ -172,11 +172,13 @@ class Stage:
             return "the history is no list of int32", False
         return "", True
 
-    def beat(self, session_id: bytes) -> None:
-        """Renew a session's lease."""
-        session = self.sessions.get(session_id)
-        if session is not None:
-            session.lease_until = trio.current_time() + session.lease_s
+    def beat(self, session_ids: Sequence[bytes]) -> None:
+        """Renew sessions' leases; the shard is in use, were it only to be part of a ring soon."""
+        self._holdings.touch(self.holding)
+        for session_id in session_ids:
+            session = self.sessions.get(session_id)
+            if session is not None:
+                session.lease_until = trio.current_time() + session.lease_s
 
     def close_session(self, session_id: bytes) -> None:
         """Forget a session and free its slot; unknown ones are over already."""

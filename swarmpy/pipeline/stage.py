@@ -12,13 +12,11 @@ import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import trio
 
-from swarmpy.abc import Host, Inspection, Progress, StateKind, Stream
-from swarmpy.config import PREFILL_CHUNK, SESSION_LEASE_S, STAGES_MAX
+from swarmpy.abc import Host, Progress, Stream
+from swarmpy.config import SESSION_LEASE_S, STAGES_MAX
 from swarmpy.errors import (
     ConnectionLost,
     DoesNotFit,
@@ -35,6 +33,7 @@ from swarmpy.errors import (
 )
 from swarmpy.identity import PeerId
 from swarmpy.net.messages import MessageStream
+from swarmpy.pipeline.engine_host import HostedShard
 from swarmpy.pipeline.engines import Choice, Engines
 from swarmpy.pipeline.fit import fit
 from swarmpy.pipeline.holdings import Holding, Holdings
@@ -46,6 +45,7 @@ from swarmpy.pipeline.links import (
     control_pair,
     error_name,
 )
+from swarmpy.pipeline.offers import check_offer, described
 from swarmpy.pipeline.ring import Stage, TokenSink
 from swarmpy.proto import wire
 from swarmpy.proto.pipeline import (
@@ -86,6 +86,12 @@ LOAD_WAIT_S = 300.0
 """From an accepted offer to `Load`: the slowest peer's answer. Bounds what a coordinator that asks
 and then says nothing can keep reserved."""
 
+LOADS_MAX = 2
+"""Tries to load a shard whose files are moved meanwhile: a model becomes whole but once."""
+
+PROGRESS_S = 0.25
+"""Between two reports of a load to its coordinator."""
+
 FIRST_TIMEOUT_S = 10.0
 """From an opened stream to its first message, which its opener sends at once."""
 
@@ -95,6 +101,14 @@ LEASE_CHECK_S = SESSION_LEASE_S / 6
 
 ObtainFiles = Callable[[str, int, int, Callable[[Progress], None]], Awaitable[Path]]
 """Given a model id and layers [start, end), returns what an engine loads them from."""
+
+CheckFiles = Callable[[str, int, int], Awaitable[int]]
+"""Given the same, returns the bytes that `ObtainFiles` would fetch first."""
+
+
+async def _no_bytes(model_id: str, start: int, end: int) -> int:
+    """Of a node whose models are all whole."""
+    return 0
 
 
 class StageService:
@@ -108,7 +122,7 @@ class StageService:
         memory_bytes_max: int,
         find_model: Callable[[str], Path | None],
         obtain_files: ObtainFiles | None = None,
-        missing_bytes: Callable[[str, int, int], int] = lambda model_id, start, end: 0,
+        check_files: CheckFiles = _no_bytes,
         connect: Callable[[PeerId], Awaitable[object]] | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
@@ -117,7 +131,7 @@ class StageService:
         memory_bytes_max: The budget of all shards of this node together.
         find_model: Where a model's files are, by model id; None if this node may not serve it.
         obtain_files: Checks, or fetches, the files of layers before each load.
-        missing_bytes: What it would fetch.
+        check_files: Says what that would fetch; refuses layers that are not here to stay.
         connect: Connects to a member of a ring that this node is not connected to.
         on_change: Called when loaded shards or free memory have changed.
         """
@@ -125,7 +139,8 @@ class StageService:
         self._engines = engines
         self._find_model = find_model
         self._obtain_files = obtain_files
-        self._missing_bytes = missing_bytes
+        self._check_files = check_files
+        self._file_locks: dict[str, trio.Lock] = {}
         self._connect = connect
         self._holdings = Holdings(
             memory_bytes_max=memory_bytes_max,
@@ -224,11 +239,14 @@ class StageService:
         if path is None or not self._engines:
             raise ModelNotFound(f"this node does not serve model {model_id}")
         async with self._choosing:
-            if model_id not in self._choices:
-                while len(self._choices) >= CHOICES_MAX:
+            choice = self._choices.get(model_id)
+            if choice is None:
+                choice = await self._engines.choose(path)
+            if choice.is_certain:
+                while len(self._choices) >= CHOICES_MAX and model_id not in self._choices:
                     del self._choices[next(iter(self._choices))]
-                self._choices[model_id] = await self._engines.choose(path)
-            return self._choices[model_id]
+                self._choices[model_id] = choice
+            return choice
 
     def chosen(self, model_id: str) -> Choice | None:
         """What `choose` gave before, None where nobody asked."""
@@ -345,20 +363,13 @@ class StageService:
     async def _serve_stage(self, control: StageControl, offer: Offer) -> None:
         """Answer an offer, and keep the stage until its coordinator or its shard is gone."""
         try:
-            stage, is_loaded = await self._accept(control, offer)
+            stage, accepted = await self._accept(control, offer)
         except SwarmError as error:
             control.send_nowait(self._refused(error, offer.model_id))
             control.close()
             return
         try:
-            start, end = stage.holding.start, stage.holding.end
-            control.send_nowait(
-                Accepted(
-                    is_loaded=is_loaded,
-                    shards=self._ranges(offer.model_id),
-                    fetch_bytes=self._missing_bytes(offer.model_id, start, end),
-                )
-            )
+            control.send_nowait(accepted)
             async with trio.open_nursery() as nursery:
                 nursery.cancel_scope.deadline = trio.current_time() + LOAD_WAIT_S
                 while (command := await control.receive()) is not None:
@@ -399,17 +410,18 @@ class StageService:
             case _:
                 return Refused(reason="engine", message=str(error)[:4096])
 
-    async def _accept(self, control: StageControl, offer: Offer) -> tuple[Stage, bool]:
+    async def _accept(self, control: StageControl, offer: Offer) -> tuple[Stage, Accepted]:
         """Check an offer and reserve its memory.
 
         Raises:
-            ModelNotFound: This node may not serve the model.
+            ModelNotFound: This node may not serve the model, or these layers of it.
             OfferRejected: The offer contradicts itself or this node's engine.
             DoesNotFit: The budget is too small; the message lists the terms.
         """
         choice = await self.choose(offer.model_id)
         inspection = choice.inspection
         start, end = check_offer(offer, inspection, me=self.peer)
+        fetch_bytes = await self._check_files(offer.model_id, start, end)
         wanted = Holding(
             model_id=offer.model_id,
             start=start,
@@ -441,7 +453,12 @@ class StageService:
             deliver=self._deliver_local,
         )
         logger.info("stage.accepted", extra={"model": offer.model_id, "start": start, "end": end})
-        return stage, holding.shard is not None
+        is_loaded = holding.shard is not None
+        return stage, Accepted(
+            is_loaded=is_loaded,
+            shards=self._ranges(offer.model_id),
+            fetch_bytes=0 if is_loaded else fetch_bytes,
+        )
 
     def _deliver_local(self, pipeline: bytes, token: TokenFrame) -> None:
         _, sink = self._coordinated.get(pipeline, (None, None))
@@ -450,9 +467,14 @@ class StageService:
 
     async def _load(self, stage: Stage, control: StageControl) -> None:
         """Load the stage's shard and make sure that the ring can be closed."""
-        offer, holding = stage.offer, stage.holding
+        holding, told_at = stage.holding, -math.inf
 
         def report(progress: Progress) -> None:
+            nonlocal told_at
+            is_last = progress.done >= progress.total > 0
+            if trio.current_time() - told_at < PROGRESS_S and not is_last:
+                return  # A download reports each piece: more than a slow link carries.
+            told_at = trio.current_time()
             control.send_nowait(
                 Progressed(
                     step=progress.step[:256],
@@ -463,12 +485,7 @@ class StageService:
             )
 
         try:
-            path = self._find_model(offer.model_id)
-            if self._obtain_files is not None and holding.shard is None:
-                path = await self._obtain_files(offer.model_id, holding.start, holding.end, report)
-            if path is None:
-                raise ModelNotFound(f"this node no longer has model {offer.model_id}")
-            shard = await self._holdings.load(holding, path, report)
+            shard = await self._load_files(holding, report)
             await self._connect_ring(stage)
         except SwarmError as error:
             control.send_nowait(Failed(error=error_name(error), message=str(error)[:4096]))
@@ -484,6 +501,29 @@ class StageService:
                 exactness=shard.exactness,
             )
         )
+
+    async def _load_files(
+        self, holding: Holding, report: Callable[[Progress], None]
+    ) -> HostedShard:
+        """Load a shard from files that are checked, and fetched where they are not here.
+
+        One stage of a model at a time: what another fetches may make the model whole, and move it.
+        """
+        model_id = holding.model_id
+        async with self._file_locks.setdefault(model_id, trio.Lock()):
+            path = self._find_model(model_id)
+            for attempt in range(LOADS_MAX):
+                if self._obtain_files is not None and holding.shard is None:
+                    path = await self._obtain_files(model_id, holding.start, holding.end, report)
+                if path is None:
+                    break
+                try:
+                    return await self._holdings.load(holding, path, report)
+                except ModelRefused:
+                    # Another process, which shares the cache, may have moved it.
+                    if attempt == LOADS_MAX - 1 or await trio.to_thread.run_sync(path.exists):
+                        raise
+        raise ModelNotFound(f"this node no longer has model {model_id}")
 
     async def _connect_ring(self, stage: Stage) -> None:
         """Make sure that this node is connected to every peer the stage sends to.
@@ -521,68 +561,6 @@ def _obey(stage: Stage, command: Open | Beat | Close) -> None:
         case Open():
             stage.open(command)
         case Beat():
-            for session in command.sessions:
-                stage.beat(session)
+            stage.beat(command.sessions)
         case Close():
             stage.close_session(command.session)
-
-
-def check_offer(offer: Offer, inspection: Inspection, *, me: PeerId) -> tuple[int, int]:
-    """Check an offer against what this node's engine knows of the model.
-
-    Returns:
-        The range of layers offered.
-
-    Raises:
-        OfferRejected: It contradicts itself, or the engine: cuts, wire specs, slots, context.
-    """
-    cuts, ring = offer.cuts, offer.ring
-    if len(cuts) != len(ring) + 1 or len(set(ring)) != len(ring):
-        raise OfferRejected(f"{len(ring)} peers and {len(cuts)} cuts make no ring")
-    if offer.stage >= len(ring) or ring[offer.stage] != me:
-        raise OfferRejected(f"stage {offer.stage} of the ring is not this node")
-    if cuts[0] != 0 or cuts[-1] != inspection.layer_count or list(cuts) != sorted(set(cuts)):
-        raise OfferRejected(f"cuts {cuts} do not cover {inspection.layer_count} layers in order")
-    forbidden = set(cuts[1:-1]) - set(inspection.cuts)
-    if forbidden:
-        raise OfferRejected(f"the model cannot be cut before layers {sorted(forbidden)}")
-    if offer.slots > inspection.slots_max:
-        raise OfferRejected(f"{offer.slots} slots, this model has {inspection.slots_max} at most")
-    if not PREFILL_CHUNK <= offer.context <= max(PREFILL_CHUNK, inspection.context_max):
-        raise OfferRejected(f"context {offer.context}, this model has {inspection.context_max}")
-    start, end = cuts[offer.stage], cuts[offer.stage + 1]
-    received = tuple(inspection.wire_specs[start]) if start else ()
-    sent = tuple(inspection.wire_specs[end]) if end < inspection.layer_count else ()
-    if (tuple(offer.received), tuple(offer.sent)) != (received, sent):
-        raise OfferRejected(
-            f"the tensors between layers differ: offered {offer.received} and {offer.sent}, "
-            f"this engine ({inspection.engine}) has {received} and {sent}"
-        )
-    return start, end
-
-
-def described(inspection: Inspection) -> Described:
-    """An inspection as a message."""
-    fields: dict[str, Any] = {
-        name: getattr(inspection, name) for name in Described.__struct_fields__
-    }
-    fields["state_kind"] = inspection.state_kind.value
-    fields["wire_specs"] = dict(inspection.wire_specs)
-    return Described(**fields)
-
-
-def inspection_of(message: Described) -> Inspection:
-    """A message as an inspection.
-
-    Raises:
-        RemoteProtocolError: The numbers contradict each other.
-    """
-    count = message.layer_count
-    per_layer = (message.layer_weight_bytes, message.kv_bytes_per_token, message.state_bytes)
-    if any(len(values) != count for values in per_layer):
-        raise RemoteProtocolError(f"a description of {count} layers with other counts in it")
-    if any(not 0 < cut < count or cut not in message.wire_specs for cut in message.cuts):
-        raise RemoteProtocolError("a description with cuts outside the model or without a spec")
-    fields = msgspec.structs.asdict(message)
-    fields["state_kind"] = StateKind(message.state_kind)
-    return Inspection(**fields)

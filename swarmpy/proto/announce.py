@@ -85,6 +85,7 @@ Text128 = Annotated[str, Meta(max_length=128)]
 Bytes = Annotated[int, Meta(ge=0, lt=2**53)]
 """A size in bytes; exact in a JSON number too."""
 LayerIndex = Annotated[int, Meta(ge=0, le=4096)]
+Speed = Annotated[float, Meta(ge=0, lt=1e15)]
 LayerRanges = Annotated[tuple[tuple[LayerIndex, LayerIndex], ...], Meta(max_length=RANGES_MAX)]
 SeqNumber = Annotated[int, Meta(ge=0, lt=2**53)]
 
@@ -103,6 +104,8 @@ class AnnouncedModel(msgspec.Struct, frozen=True, array_like=True):
     """Ranges of layers whose files the member has; None: it has all."""
     fetches: bool = False
     """Whether the member fetches the files that it lacks of layers it is to load."""
+    speed_bytes_s: Speed = 0.0
+    """As the announcement's, of this model's engine."""
 
 
 class AnnouncedShard(msgspec.Struct, frozen=True, array_like=True):
@@ -136,7 +139,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     build_id: Text128 = ""
     memory_bytes_max: Bytes = 0
     memory_bytes_free: Bytes = 0
-    speed_bytes_s: Annotated[float, Meta(ge=0, lt=1e15)] = 0.0
+    speed_bytes_s: Speed = 0.0
     """Weight bytes an engine here passes over in a second of decode; 0 before it was measured."""
     models: Annotated[tuple[AnnouncedModel, ...], Meta(max_length=MODELS_MAX)] = ()
     shards: Annotated[tuple[AnnouncedShard, ...], Meta(max_length=SHARDS_MAX)] = ()
@@ -362,7 +365,8 @@ def _check_contents(announcement: Announcement) -> None:
     texts = [announcement.name, announcement.agent, announcement.boot_id, announcement.machine_id]
     texts += [announcement.engine, announcement.build_id]
     for model in announcement.models:
-        texts += [model.model_id, model.name, model.display_name]
+        texts += [model.model_id, model.name, model.display_name, model.engine]
+        _check_ranges(model)
     for shard in announcement.shards:
         texts.append(shard.model_id)
         if not shard.start < shard.end:
@@ -371,3 +375,12 @@ def _check_contents(announcement: Announcement) -> None:
         check_printable(text, "announcement")
     for address in announcement.addresses:
         ip_endpoint(address)
+
+
+def _check_ranges(model: AnnouncedModel) -> None:
+    """Ranges of layers are in order, apart from each other, and of the model."""
+    before = -1
+    for start, end in model.layers or ():
+        if not before < start < end <= model.layer_count:
+            raise BadMessage(f"announced layers {model.layers} of {model.layer_count}")
+        before = end

@@ -170,6 +170,7 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
 
 
 ErrorName = Literal[
+    "StageEvicted",
     "StageLost",
     "EngineLost",
     "RowError",

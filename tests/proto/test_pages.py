@@ -28,7 +28,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "identify": ("proto.identify",),
     "identity": ("identity", "public_keys"),
     "invite": ("proto.invite",),
-    "manifest": ("shards.gguf", "shards.safetensors", "shards.refusals"),
+    "manifest": ("shards.vocabularies", "shards.gguf", "shards.safetensors", "shards.refusals"),
     "mdns": ("proto.mdns",),
     "membership": ("proto.membership", "proto.revocation"),
     "multistream": ("proto.multistream", "proto.multiaddr"),
