@@ -105,8 +105,13 @@ class NativeContext:
     def _context_params(self, settings: ContextSettings) -> ContextParams:
         params: ContextParams = self._native.llama_context_default_params()
         params.n_ctx = settings.sequences * settings.tokens
+        assert params.n_ctx == settings.sequences * settings.tokens, "more than the library counts"
         params.n_batch = params.n_ubatch = BATCH_TOKENS
         params.n_seq_max = settings.sequences
+        # The library tries a batch with an output of every sequence, and ends the process over it.
+        params.n_outputs_max = max(BATCH_TOKENS, settings.sequences)
+        if not settings.gpu_layers:
+            params.offload_kqv = params.op_offload = False
         params.n_threads = params.n_threads_batch = settings.threads
         # Each sequence has cells of its own, in order of position. In shared ones the cells that
         # neighbours left free would decide in which order attention adds up.

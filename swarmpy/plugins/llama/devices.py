@@ -37,6 +37,7 @@ class Gpu:
     """A GPU as the library describes it."""
 
     name: str
+    """Its model, "NVIDIA H200": two with one name compute alike."""
     free_bytes: int
     is_apart: bool = True
     """Whether its memory is its own, and not the machine's."""
@@ -55,8 +56,8 @@ def find_gpus(library: Library) -> list[Gpu]:
     native.ggml_backend_dev_get.argtypes = (c_size_t,)
     native.ggml_backend_dev_type.restype = c_int
     native.ggml_backend_dev_type.argtypes = (c_void_p,)
-    native.ggml_backend_dev_name.restype = ctypes.c_char_p
-    native.ggml_backend_dev_name.argtypes = (c_void_p,)
+    native.ggml_backend_dev_description.restype = ctypes.c_char_p
+    native.ggml_backend_dev_description.argtypes = (c_void_p,)
     native.ggml_backend_dev_memory.restype = None
     native.ggml_backend_dev_memory.argtypes = (
         c_void_p,
@@ -70,7 +71,7 @@ def find_gpus(library: Library) -> list[Gpu]:
         if kind in (_DISCRETE, _INTEGRATED):
             free, total = c_size_t(), c_size_t()
             native.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-            name = (native.ggml_backend_dev_name(device) or b"").decode("utf-8", "replace")
+            name = (native.ggml_backend_dev_description(device) or b"").decode("utf-8", "replace")
             is_apart = kind == _DISCRETE and sys.platform != "darwin"
             gpus.append(Gpu(name, free.value, is_apart))
     return gpus

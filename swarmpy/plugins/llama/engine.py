@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,6 +75,10 @@ class LlamaEngine(abc.Engine):
                 raise ModelRefused(
                     f"{inspection.architecture} cannot be cut before layer {cut}: {reason:.500}"
                 )
+        if context > inspection.context_max:
+            raise ModelRefused(
+                f"a context of {context}, {inspection.architecture} has {inspection.context_max}"
+            )
         part = cut_layers(header, start, end)
         # A slot's cells are all there from the start, in whole blocks: nothing is copied to grow.
         cells = -(-context // CELLS) * CELLS
@@ -115,6 +120,8 @@ class LlamaEngine(abc.Engine):
             exactness.append(f"context {context}")
         if gpu_layers:
             exactness.append(f"gpu layers {gpu_layers}")
+            if len(gpus) > 1:  # How layers are shared out follows from what each has free.
+                exactness += [f"{gpu.name} {gpu.free_bytes} bytes free" for gpu in gpus]
         if not exact:
             exactness.append("not exact")
         return LlamaShard(
@@ -127,6 +134,7 @@ class LlamaEngine(abc.Engine):
             state_kind=inspection.state_kind,
             weight_bytes=part.fetched_bytes,
             exactness="; ".join(exactness),
+            window_rows=_window_rows(header, start, end),
         )
 
     def _load_native(
@@ -185,6 +193,21 @@ def is_batch_exact(header: GgufHeader, library: Library, *, threads: int) -> boo
     has_keys = not any(layer.state_bytes for layer in layers_of(header))
     is_known = library.build_id.endswith(BATCH_EXACT_BUILD)
     return threads == 1 and is_measured and has_keys and is_known
+
+
+def _window_rows(header: GgufHeader, start: int, end: int) -> Callable[[int], int] | None:
+    """Return how many positions of so many the second cache of a state holds; None: not known.
+
+    What picks keys by an index holds all. A window holds its length, but where it begins anew with
+    each stretch of positions (llama4).
+    """
+    kinds = frozenset[str]().union(*(layer.kinds for layer in layers_of(header)[start:end]))
+    window = header.integer(f"{header.architecture}.attention.sliding_window", 0)
+    if "index" in kinds:
+        return lambda count: count
+    if "window" in kinds and window > 0 and header.architecture != "llama4":
+        return lambda count: min(count, window)
+    return None
 
 
 def _read(path: Path) -> GgufHeader:

@@ -5,7 +5,7 @@ What must be fixed for a sequence's bits not to depend on its neighbours, measur
 * its cells: of its own, in order (`kv_unified` off), so a freed slot beside it changes nothing;
 * the pieces of its prompt: 64 tokens in one batch and 32 twice differ by 0.9 in a logit, so chunks
   lie on the pipeline's grid and run alone;
-* the batch of its decode steps: with one thread, up to eight sequences together and each alone give
+* the batch of its decode steps: with one thread, 8 to 64 sequences together and each alone give
   equal bits. With two they do not, once a sequence has more than 256 positions: alone, attention
   over them is shared out among the threads and added up afterwards, in a batch it is not. Some
   types of weights have kernels that take several rows at once, and never give equal bits.
@@ -18,7 +18,7 @@ Spec: protocols/engine.md, sections 2, 3 and 6.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,12 +63,14 @@ class LlamaShard(abc.Shard):
         state_kind: StateKind,
         weight_bytes: int,
         exactness: str,
+        window_rows: Callable[[int], int] | None = None,
     ) -> None:
         """Try one step; the shard closes the context from here on.
 
         Args:
             batch_rows_min: Fewest decode steps of different slots that run together; None: they
                 never do.
+            window_rows: Positions of a slot of so many that its windows, or what picks keys, hold.
 
         Raises:
             ModelRefused: The first step fails.
@@ -83,6 +85,9 @@ class LlamaShard(abc.Shard):
         self._state_kind = state_kind
         self._received = () if is_first else (TensorSpec("float32", (-1, native.hidden_size)),)
         self._ends = [0] * slots
+        self._window_rows = window_rows
+        self._is_tainted = [False] * slots
+        """Slots whose recurrent state may hold what is no number, or would become that."""
         self._floors = [0] * slots
         """Positions below which a slot cannot be cut back: what was before them in its windows is
         not there."""
@@ -240,6 +245,7 @@ class LlamaShard(abc.Shard):
 
     def _failed(self, row: Row, error: str) -> Output:
         """Return an error's output; the state may be half changed, so nobody must go on from it."""
+        self._is_tainted[row.slot] = True
         self._forget(row.slot)
         return Output(slot=row.slot, error=error[:1000])
 
@@ -253,6 +259,23 @@ class LlamaShard(abc.Shard):
     def _forget(self, slot: int) -> None:
         self._native.cut(slot, 0)
         self._ends[slot] = self._floors[slot] = 0
+        if self._is_tainted[slot]:
+            self._is_tainted[slot] = False
+            self._wipe()
+
+    def _wipe(self) -> None:
+        """Overwrite the recurrent states that no slot holds.
+
+        The library gives a freed one to any slot, and clears it by multiplying with 0: what is no
+        number stays that, and would end every session that gets it.
+        """
+        if self._layout is None or self._state_kind is not StateKind.RECURRENT:
+            return
+        empty = [slot for slot, end in enumerate(self._ends) if not end]
+        for slot in empty:
+            self._native.set_state(slot, self._layout.join(self._layout.zeros(), slot, 1))
+        for slot in empty:
+            self._native.cut(slot, 0)
 
     def truncate(self, slot: int, position: int) -> None:
         end = self._end(slot)
@@ -286,11 +309,12 @@ class LlamaShard(abc.Shard):
         self._end(slot)
         if snapshot not in self._snapshots[slot]:
             raise RowError(f"the slot has no snapshot {snapshot}")
-        state, end = self._snapshots[slot].pop(snapshot)
+        state, end = self._snapshots[slot][snapshot]
         if self._layout is None or not end:
             self._replace(slot, state, end, floor=end)
         else:
             self._fill(slot, self._layout.split(state, slot, end), end)
+        del self._snapshots[slot][snapshot]
 
     def export_state(self, slot: int, start: int, end: int) -> Mapping[str, Tensor]:
         held = self._end(slot)
@@ -307,11 +331,12 @@ class LlamaShard(abc.Shard):
         if end > self._context:
             raise RowError(f"positions up to {end} exceed the context of {self._context}")
         layout = self._movable(is_whole=not start)
-        numbers = from_tensors(layout, end - start, state)
+        numbers = from_tensors(layout, end - start, state, window_rows=self._window_rows)
         if start:
             before = layout.split(self._native.state(slot), slot, start)
             numbers = {name: np.concatenate([before[name], numbers[name]]) for name in before}
         self._fill(slot, numbers, end)
+        self._is_tainted[slot] = True  # Finite, yet of any size: a step may make more of it.
 
     @property
     def moves_in_ranges(self) -> bool:

@@ -17,7 +17,7 @@ position, a 0, two words, and blocks as of one position.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -221,6 +221,10 @@ class StateLayout:
                 parts += [block.head(), block.write(numbers, 1)]
         return b"".join(parts)
 
+    def zeros(self) -> dict[str, Numbers]:
+        """Return the numbers of one position that say nothing."""
+        return {block.name: np.zeros((1, block.width), block.dtype) for block, _ in self.blocks()}
+
     def _recurrent_head(self, end: int) -> bytes:
         assert self._recurrent is not None
         return struct.pack("<III", 1, end - 1, 0) + self._recurrent.middle
@@ -343,9 +347,16 @@ def to_tensors(
 
 
 def from_tensors(
-    layout: StateLayout, count: int, state: Mapping[str, Tensor]
+    layout: StateLayout,
+    count: int,
+    state: Mapping[str, Tensor],
+    *,
+    window_rows: Callable[[int], int] | None = None,
 ) -> dict[str, Numbers]:
     """Return the numbers of `count` positions, checked; of fewer, the last, where a window ends.
+
+    Args:
+        window_rows: How many positions of so many the second cache holds; None: any number will do.
 
     Raises:
         RowError: The tensors are none of these layers', or not finite.
@@ -357,7 +368,7 @@ def from_tensors(
     for block, is_row in expected:
         tensor, rows = state[block.name], count if is_row else 1
         if is_row and block.name.startswith("second.") and len(tensor.shape) == 2:
-            rows = min(max(1, tensor.shape[0]), count)
+            rows = window_rows(count) if window_rows else min(max(1, tensor.shape[0]), count)
         shape = (rows, block.width)
         dtype = np.dtype(block.dtype)
         if tensor.dtype != dtype.name or tensor.shape != shape:
