@@ -13,34 +13,41 @@ import difflib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 import trio
 
-from swarmpy.abc import Format, ModelLabel, ModelSource, Progress
+from swarmpy.abc import ModelSource, Progress
 from swarmpy.errors import DownloadFailed, ModelNotFound, ModelRefused
-from swarmpy.shards.describe import Description, describe
+from swarmpy.shards.entries import ModelEntry, damaged_entry, partial_entry, whole_entry
 from swarmpy.shards.hub import HubSource
 from swarmpy.shards.hub_download import missing_bytes
-from swarmpy.shards.locks import hold_lock_blocking
+from swarmpy.shards.locks import hold_lock, hold_lock_blocking
 from swarmpy.shards.manifest import (
     HashCache,
     Manifest,
     build_manifest,
-    format_of,
     is_model_id,
     write_index,
 )
-from swarmpy.shards.partial import PartialModel, partial_model
-from swarmpy.shards.ranges import Range, missing, show_layers
+from swarmpy.shards.partial import (
+    PartialModel,
+    partial_models,
+    partial_releases,
+    remove_partial,
+    rename_release,
+)
+from swarmpy.shards.ranges import missing
 from swarmpy.shards.sources import FolderSource, PackageSource, in_thread, plain_model_name
-from swarmpy.shards.titles import display_title
+
+__all__ = ["Catalog", "ModelEntry", "ignore"]
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -49,58 +56,6 @@ MODELS_MAX = 1000
 
 ID_PREFIX_MIN = 8
 """Fewest hex digits of an id that are taken for a model: 32 bits do not collide by chance."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelEntry:
-    """One model on this machine."""
-
-    model_id: str
-    """The hash of its manifest, 64 hex digits: equal on every machine that holds the same files."""
-    name: str
-    """As used in requests; lower case, unique on this machine."""
-    display_name: str
-    path: Path
-    """The folder in Hugging Face layout, or the GGUF: what an engine is given."""
-    format: Format
-    size_bytes: int
-    """Of the source files together."""
-    license: str
-    source: str
-    """Where it came from, in words."""
-    architecture: str
-    layer_count: int
-    parameter_count: int
-    context_max: int
-    quantization: str
-    layers: tuple[Range, ...] | None = None
-    """Ranges `[start, end)` of layers whose files are here; None: all of them are."""
-    held_bytes: int = 0
-    """Of the files, where only some layers are here."""
-    derived_from: str = ""
-    """Id of the model this one was quantised from, by its own metadata; empty for an original."""
-
-    @property
-    def layers_shown(self) -> str:
-        """What is here, in words: "layers 0-9 of 30"."""
-        if self.layers is None:
-            return f"all {self.layer_count} layers"
-        return f"layers {show_layers(self.layers) or 'none'} of {self.layer_count}"
-
-    def check_layers(self, start: int, end: int) -> None:
-        """Check that the files of layers `[start, end)` are here, before anything loads them.
-
-        Raises:
-            ModelNotFound: Some are not; the fix is the command that fetches them.
-        """
-        absent = missing([(start, end)], self.layers) if self.layers is not None else ()
-        if absent:
-            first, last = absent[0][0], absent[-1][1] - 1
-            raise ModelNotFound(
-                f"{self.name}: layers {show_layers(absent)} are not on this machine "
-                f"({self.layers_shown} are)",
-                fix=f"swarmpy models pull {self.name} --layers {first}-{last}",
-            )
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -151,13 +106,21 @@ class Catalog:
         if source is None:
             raise self._not_found(model)
         path = await source.fetch(request, self.cache_folder, progress)
-        if isinstance(source, HubSource):
-            request = source.pinned(path)
+        return await self._list_fetched(source, request, path, progress)
+
+    async def _list_fetched(
+        self, source: ModelSource, request: str, path: Path, progress: Callable[[Progress], None]
+    ) -> ModelEntry:
+        """List the whole model that a source returned at `path`."""
         label = source.label(request)
+        if isinstance(source, HubSource):
+            holding = await trio.to_thread.run_sync(source.holding, path)
+            request = holding.request
+            label = dataclasses.replace(source.label(request), name=holding.name)
         manifest = await in_thread(
             partial(build_manifest, path, self._hashes, source=label.origin), progress, "checking"
         )
-        entry = await trio.to_thread.run_sync(_entry, path, manifest, label)
+        entry = await trio.to_thread.run_sync(whole_entry, path, manifest, label)
         if isinstance(source, FolderSource):
             request = str(path)
         return await trio.to_thread.run_sync(
@@ -171,6 +134,7 @@ class Catalog:
         start: int,
         end: int,
         progress: Callable[[Progress], None] = ignore,
+        keeps_reserve: bool = False,
     ) -> ModelEntry:
         """Bring the headers and layers `[start, end)` of a hub's model to this machine.
 
@@ -178,10 +142,13 @@ class Catalog:
 
         Args:
             start: Equal to `end` for the headers alone.
+            keeps_reserve: Whether to refuse what would leave too little of the disk free
+                (`hub_download.reserve_bytes`): for fetches that others ask for.
 
         Raises:
             ModelNotFound, ModelRefused, DownloadFailed: As `pull`; also for layers that the model
-                does not have, and for sources that give whole models only.
+                does not have, for sources that give whole models only, and where another process
+                removes the model meanwhile.
         """
         request = self._request(model)
         source = self._source(request)
@@ -190,12 +157,23 @@ class Catalog:
                 f"{model!r:.80} is no model of a hub; only those can be fetched by layers",
                 fix=f"swarmpy models pull {model}",
             )
-        path = await source.fetch_layers(request, self.cache_folder, progress, start=start, end=end)
-        pinned = source.pinned(path)
-        for held in await trio.to_thread.run_sync(self._partials):
-            if held.path == path:
-                return await trio.to_thread.run_sync(_partial_entry, held)
-        return await self.pull(pinned, progress)
+        path = await source.fetch_layers(
+            request,
+            self.cache_folder,
+            progress,
+            start=start,
+            end=end,
+            keeps_reserve=keeps_reserve,
+        )
+        entry = await trio.to_thread.run_sync(self._partial_at, path)
+        if entry is not None:
+            return await self._freely_named(entry)
+        whole = await trio.to_thread.run_sync(source.whole_path, path, self.cache_folder)
+        if whole is None:
+            raise DownloadFailed(
+                f"{path} was removed while it was fetched", fix="The same command fetches it anew."
+            )
+        return await self._list_fetched(source, request, whole, progress)
 
     async def obtain(
         self,
@@ -207,19 +185,26 @@ class Catalog:
     ) -> ModelEntry:
         """Make sure that the files of layers `[start, end)` are here and intact; raises as `pull`.
 
+        Others may have asked for it, so layers are only fetched while the disk keeps its reserve.
+
         Returns:
             The entry as it is now.
         """
         held = entry.layers
         if held is None or not missing([(start, end)], held):
             return await self.verify(entry, progress)
-        return await self.pull_layers(entry.model_id, start=start, end=end, progress=progress)
+        return await self.pull_layers(
+            entry.model_id, start=start, end=end, progress=progress, keeps_reserve=True
+        )
 
     def missing_bytes(self, entry: ModelEntry, *, start: int, end: int) -> int:
-        """Return the bytes that `obtain` would fetch. Blocks: reads headers."""
+        """Return the bytes that `obtain` would fetch; 0 where the files are gone meanwhile.
+
+        Blocks: reads headers, once.
+        """
         if entry.layers is None or not missing([(start, end)], entry.layers):
             return 0
-        return missing_bytes(entry.path, (start, end))
+        return missing_bytes(entry.path, entry.model_id, (start, end))
 
     async def verify(
         self, entry: ModelEntry, progress: Callable[[Progress], None] = ignore
@@ -256,10 +241,14 @@ class Catalog:
         return record.entry
 
     def list(self) -> Sequence[ModelEntry]:
-        """Return the models whose files are there with their sizes, or in part, by name. Blocks."""
+        """Return the models whose files are there with their sizes, or in part, by name. Blocks.
+
+        A model in part whose headers are damaged is left out, with a warning.
+        """
         entries = [record.entry for record in self._read() if _is_present(record)]
         whole = {entry.model_id for entry in entries}
-        entries += [_partial_entry(it) for it in self._partials() if it.model_id not in whole]
+        parts = [it for it in partial_models(self.cache_folder) if it.model_id not in whole]
+        entries += [entry for held in parts if (entry := partial_entry(held)) is not None]
         return sorted(entries, key=lambda entry: entry.name)
 
     def find(self, name_or_id: str) -> ModelEntry:
@@ -272,16 +261,17 @@ class Catalog:
         if record is not None and _is_present(record):
             return record.entry
         held = self._match_partial(name_or_id)
-        if held is None:
+        entry = partial_entry(held) if held is not None else None
+        if entry is None:
             raise self._not_found(name_or_id)
-        return _partial_entry(held)
+        return entry
 
     def by_id(self, model_id: str) -> ModelEntry | None:
         """Return the model with an id, None if it is not here."""
         return next((entry for entry in self.list() if entry.model_id == model_id), None)
 
     async def remove(self, name_or_id: str) -> ModelEntry:
-        """Take a model off the list, and delete its files if they lie in the cache.
+        """Take a model off the list, and delete its files, all copies of them, in the cache.
 
         Files in folders of the user's own are never deleted.
 
@@ -289,27 +279,36 @@ class Catalog:
             ModelNotFound: No such model is listed.
         """
         record = self._match(name_or_id)
+        held = self._match_partial(name_or_id) if record is None else None
         if record is not None:
+            entry = record.entry
             await trio.to_thread.run_sync(self._remove, record)
-            return record.entry
-        held = self._match_partial(name_or_id)
-        if held is None:
+        elif held is not None:
+            entry = partial_entry(held) or damaged_entry(held)
+        else:
             raise self._not_found(name_or_id)
-        entry = await trio.to_thread.run_sync(_partial_entry, held)
-        await trio.to_thread.run_sync(shutil.rmtree, held.folder, True)
+        await trio.to_thread.run_sync(remove_partial, self.cache_folder, entry.model_id)
         return entry
 
     async def rename(self, name_or_id: str, name: str) -> ModelEntry:
-        """Give a listed model another name, by which requests and members then know it.
+        """Give a model another name, by which requests and members then know it.
+
+        One that is here in part keeps it when it becomes whole.
 
         Raises:
-            ModelNotFound: No such model is listed whole.
-            ModelRefused: The name is no plain word, another model has it, or a source gives it.
+            ModelNotFound: No such model is here.
+            ModelRefused: The name is no plain word or looks like an id, another model has it, a
+                source gives it, or layers of the model are being fetched.
         """
-        record = self._match(name_or_id)
-        if record is None:
+        entry = self.find(name_or_id)
+        if entry.layers is None:
+            return await trio.to_thread.run_sync(self._rename, entry, name)
+        held = self._match_partial(entry.model_id)
+        if held is None:
             raise self._not_found(name_or_id)
-        return await trio.to_thread.run_sync(self._rename, record, name)
+        lock = self.cache_folder / "locks" / f"{held.folder.name}.lock"
+        async with hold_lock(lock, waiting=partial(_refuse_busy, entry)):
+            return await trio.to_thread.run_sync(self._rename, entry, name, held.folder)
 
     # The index ------------------------------------------------------------------
 
@@ -336,35 +335,57 @@ class Catalog:
                 raise ModelRefused(
                     f"{len(records)} models are listed, no more fit", fix="Remove some of them."
                 )
-            name = names[0] if names else self._free_name(record, records)
+            name = names[0] if names else self._free_name(entry, record.request, records)
             entry = dataclasses.replace(entry, name=name)
             records.append(msgspec.structs.replace(record, entry=entry))
             return entry
 
-    def _free_name(self, record: _Record, records: Sequence[_Record]) -> str:
+    def _free_name(self, entry: ModelEntry, request: str, records: Iterable[_Record]) -> str:
         """The wanted name, or it with a number, free and not another source's to give."""
-        taken = {item.entry.name for item in records}
-        wanted, number = record.entry.name, 1
+        taken = self._names_of_others(entry.model_id, records)
+        wanted, number = entry.name, 1
         name = wanted
-        while name in taken or (name != record.request.lower() and self._is_offered(name)):
+        while name in taken or (name != request.lower() and self._is_offered(name)):
             number += 1
             name = f"{wanted}-{number}"
         return name
 
-    def _rename(self, record: _Record, name: str) -> ModelEntry:
+    async def _freely_named(self, entry: ModelEntry) -> ModelEntry:
+        """A model in part, renamed where its name is another model's or a source's to give."""
+        records = await trio.to_thread.run_sync(self._read)
+        name = self._free_name(entry, self._request(entry.model_id), records)
+        if name != entry.name:
+            # More of it is being fetched, and then it comes here; or it is whole or gone.
+            with suppress(ModelRefused, ModelNotFound, DownloadFailed):
+                return await self.rename(entry.model_id, name)
+        return entry
+
+    def _names_of_others(self, model_id: str, records: Iterable[_Record]) -> set[str]:
+        """The names that models have but for one, those in part included."""
+        named = [(item.entry.model_id, item.entry.name) for item in records]
+        named += [(held.model_id, held.name) for held in partial_models(self.cache_folder)]
+        return {name for other_id, name in named if other_id != model_id}
+
+    def _rename(self, entry: ModelEntry, name: str, folder: Path | None = None) -> ModelEntry:
+        """Rename a model in the index, and in the folder that holds a part of it."""
         if name != plain_model_name(name):
             raise ModelRefused(
                 f"{name!r:.80} is no name for a model",
                 fix=f"Lower-case letters, digits, '.', '_' and '-': {plain_model_name(name)}",
             )
-        entry = dataclasses.replace(record.entry, name=name)
+        if _is_id_prefix(name):
+            raise ModelRefused(f"{name} looks like a model's id", fix="Choose another name.")
         with self._changing() as records:
-            others = [item for item in records if item.entry.model_id != entry.model_id]
-            taken = any(item.entry.name == name for item in others)
-            if taken or (self._is_offered(name) and name != record.request.lower()):
+            request = self._request(entry.model_id)
+            taken = name in self._names_of_others(entry.model_id, records)
+            if taken or (self._is_offered(name) and name != request.lower()):
                 raise ModelRefused(f"{name} is another model's name", fix="Choose another name.")
-            records[:] = [*others, msgspec.structs.replace(record, entry=entry)]
-        return entry
+            if folder is not None:
+                rename_release(folder, name)
+            elif all(item.entry.model_id != entry.model_id for item in records):
+                raise self._not_found(entry.name)  # Another process removed it meanwhile.
+            records[:] = [_renamed(item, entry.model_id, name) for item in records]
+        return dataclasses.replace(entry, name=name)
 
     def _is_offered(self, name: str) -> bool:
         return self._source(name) is not None
@@ -380,16 +401,16 @@ class Catalog:
         held = self._match_partial(model)
         return model if held is None else held.request
 
-    def _partials(self) -> Sequence[PartialModel]:
-        """The models of which only some layers are here."""
-        found = map(partial_model, sorted((self.cache_folder / "partial").glob("*")))
-        return [held for held in found if held is not None]
+    def _partial_at(self, path: Path) -> ModelEntry | None:
+        """The model in part at a path, if one is there."""
+        releases = partial_releases(self.cache_folder)
+        held = next((held for held in releases if held.path == path), None)
+        return partial_entry(held) if held is not None else None
 
     def _match_partial(self, name_or_id: str) -> PartialModel | None:
-        """The only partial model of a name or id."""
-        text = name_or_id.lower()
-        found = [held for held in self._partials() if text in (held.name, held.model_id)]
-        return found[0] if len(found) == 1 else None
+        """The one model in part that a name, id or id prefix means."""
+        held = partial_models(self.cache_folder)
+        return _meant(name_or_id, [(item.name, item.model_id, item) for item in held])
 
     def _remove(self, record: _Record) -> None:
         with self._changing() as records:
@@ -407,14 +428,8 @@ class Catalog:
 
     def _match(self, name_or_id: str) -> _Record | None:
         """The one record that a name, id or id prefix means."""
-        text, records = name_or_id.lower(), self._read()
-        for record in records:
-            if text in (record.entry.name, record.entry.model_id):
-                return record
-        if len(text) < ID_PREFIX_MIN or not is_model_id(text.ljust(64, "0")):
-            return None
-        found = [record for record in records if record.entry.model_id.startswith(text)]
-        return found[0] if len(found) == 1 else None
+        records = self._read()
+        return _meant(name_or_id, [(it.entry.name, it.entry.model_id, it) for it in records])
 
     def _not_found(self, name: str) -> ModelNotFound:
         if self._is_offered(name):
@@ -472,23 +487,31 @@ def _is_present(record: _Record) -> bool:
     return True
 
 
-@cache
-def _describe_partial(path: Path, model_id: str) -> Description:
-    """Describe a model by its headers, which came first and do not change."""
-    return describe(path)
+def _is_id_prefix(text: str) -> bool:
+    """Whether a text is taken for an id or the first digits of one."""
+    return len(text) >= ID_PREFIX_MIN and is_model_id(text.ljust(64, "0"))
 
 
-def _partial_entry(held: PartialModel) -> ModelEntry:
-    """Describe a model that is here in part. Blocks: reads its headers, once."""
-    label = HubSource().label(held.request)
-    entry = _entry_of(
-        _describe_partial(held.path, held.model_id),
-        path=held.path,
-        model_id=held.model_id,
-        size_bytes=held.size_bytes,
-        label=dataclasses.replace(label, name=held.name, display_name=held.display_name),
+def _meant(name_or_id: str, items: Iterable[tuple[str, str, T]]) -> T | None:
+    """The only one of `(name, id, item)` that has a name or id, or whose id begins so."""
+    text, known = name_or_id.lower(), list(items)
+    found = [item for name, model_id, item in known if text in (name, model_id)]
+    if not found and _is_id_prefix(text):
+        found = [item for _, model_id, item in known if model_id.startswith(text)]
+    return found[0] if len(found) == 1 else None
+
+
+def _renamed(record: _Record, model_id: str, name: str) -> _Record:
+    """The record, under another name if it is of this model."""
+    if record.entry.model_id != model_id:
+        return record
+    return msgspec.structs.replace(record, entry=dataclasses.replace(record.entry, name=name))
+
+
+def _refuse_busy(entry: ModelEntry) -> None:
+    raise ModelRefused(
+        f"layers of {entry.name} are being fetched", fix="Rename it when they are here."
     )
-    return dataclasses.replace(entry, layers=held.layers, held_bytes=held.held_bytes)
 
 
 def _changed_files(before: Manifest, after: Manifest) -> Sequence[str]:
@@ -506,35 +529,3 @@ def _decode_path(kind: type, value: object) -> object:
     if kind is Path and isinstance(value, str):
         return Path(value)
     raise NotImplementedError(f"no JSON form for {kind}")
-
-
-def _entry(path: Path, manifest: Manifest, label: ModelLabel) -> ModelEntry:
-    """Describe a fetched model. Blocks: reads its headers."""
-    return _entry_of(
-        describe(path),
-        path=path,
-        model_id=manifest.model_id,
-        size_bytes=manifest.size_bytes,
-        label=label,
-    )
-
-
-def _entry_of(
-    description: Description, *, path: Path, model_id: str, size_bytes: int, label: ModelLabel
-) -> ModelEntry:
-    return ModelEntry(
-        model_id=model_id,
-        name=label.name,
-        display_name=display_title(label.display_name, description.quantization),
-        path=path,
-        format=format_of(path),
-        size_bytes=size_bytes,
-        license=description.license,
-        source=label.origin,
-        architecture=description.architecture,
-        layer_count=description.layer_count,
-        parameter_count=description.parameter_count,
-        context_max=description.context_max,
-        quantization=description.quantization,
-        derived_from=description.derived_from,
-    )

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import trio
 
 from swarmpy.abc import ModelLabel, ModelSource, Progress
@@ -28,6 +29,7 @@ from swarmpy.shards.partial import (
     Holding,
     PartialFolder,
     disk_errors,
+    has_same_files,
     model_path,
     read_holding,
 )
@@ -84,21 +86,35 @@ class HubSource(ModelSource):
         *,
         start: int,
         end: int,
+        keeps_reserve: bool = False,
     ) -> Path:
         """Fetch the headers and the tensors of layers `[start, end)` alone; raises as `fetch`.
+
+        Args:
+            keeps_reserve: Whether to leave the reserve of the disk (manifest.md 5) free.
 
         Returns:
             The model with holes in `into/partial`, or the whole one where no layer is missing.
         """
-        return await self._fetch(_parsed(model), into, progress, layers=(start, end))
+        layers = (start, end)
+        return await self._fetch(
+            _parsed(model), into, progress, layers=layers, keeps_reserve=keeps_reserve
+        )
 
     @staticmethod
-    def pinned(path: Path) -> str:
-        """Return the name that always means the files this source returned at `path`."""
+    def holding(path: Path) -> Holding:
+        """Return what is held of the model that this source returned at `path`."""
         holding = read_holding(path) or read_holding(path.parent)
         if holding is None:
             raise ModelNotFound(f"{path} is no longer there")
-        return holding.request
+        return holding
+
+    @staticmethod
+    def whole_path(path: Path, into: Path) -> Path | None:
+        """Return where the model that `fetch_layers` returned at `path` now lies whole, if so."""
+        folder = into / "models" / path.relative_to(into).parts[1]
+        holding = read_holding(folder)
+        return model_path(folder, holding) if holding is not None and holding.is_whole else None
 
     async def _fetch(
         self,
@@ -107,6 +123,7 @@ class HubSource(ModelSource):
         progress: Callable[[Progress], None],
         *,
         layers: Range | None,
+        keeps_reserve: bool = False,
     ) -> Path:
         if name.is_pinned and (path := await _intact_copy(name, into, progress)):
             return path
@@ -127,6 +144,8 @@ class HubSource(ModelSource):
             )
             return path
         wanted = choose(listing, name)
+        if not name.is_pinned:
+            wanted = await trio.to_thread.run_sync(_begun, wanted, into)
         release = release_of(wanted)
         tell = partial(progress, Progress(step="waiting for another download", done=0, total=0))
         async with hold_lock(into / "locks" / f"{release}.lock", waiting=tell):
@@ -138,7 +157,7 @@ class HubSource(ModelSource):
                 PartialFolder, into / "partial" / release, wanted
             )
             async with connect(listing, reached) as connection:
-                download = Download(folder, connection, progress)
+                download = Download(folder, connection, progress, keeps_reserve=keeps_reserve)
                 is_whole = await download.run(layers)
             if is_whole:
                 return await trio.to_thread.run_sync(_finish, folder, into)
@@ -181,6 +200,19 @@ def _find_intact(name: HubName, into: Path, report: Report) -> Path | None:
         if is_meant and not _damaged(folder, holding, hashes, report):
             return model_path(folder, holding)
     return None
+
+
+def _begun(wanted: Holding, into: Path) -> Holding:
+    """Return what is wanted, by the commit under which most of the very same files are here.
+
+    A commit that changes a README makes no other model: nothing of it is to come twice.
+    """
+    place = wanted.repository.lower().replace("/", "--")
+    folders = [*into.glob(f"models/hub--{place}--*"), *into.glob(f"partial/hub--{place}--*")]
+    found = [held for folder in sorted(folders) if (held := read_holding(folder)) is not None]
+    same = [held for held in found if has_same_files(held, wanted)]
+    best = max(same, key=lambda held: held.held_bytes, default=wanted)
+    return msgspec.structs.replace(wanted, commit=best.commit)
 
 
 def _age(folder: Path) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import trio
@@ -45,6 +45,15 @@ HEADER_STEP_BYTES = 16 * 1024
 HEADER_STEP_BYTES_MAX = 1024 * 1024
 """So at most this much is fetched beyond a header."""
 
+RESERVE_BYTES_MIN = 2_000_000_000
+"""Always left free by what others make this machine fetch: a full disk stops its owner's work."""
+
+RESERVE_DIVISOR = 20
+"""The reserve is at least this part of the disk, 5 %: file systems grow slow and fail beyond."""
+
+TENSOR_TABLES_MAX = 8
+"""Models in part whose tables of tensors are remembered: as many as are planned at a time."""
+
 ATTEMPTS_MAX = 3
 """Tries in a row without a byte before a download gives up; a byte starts the count anew."""
 
@@ -57,8 +66,12 @@ class Download:
         folder: PartialFolder,
         connection: HubConnection,
         progress: Callable[[Progress], None],
+        *,
+        keeps_reserve: bool = False,
     ) -> None:
+        """Args: keeps_reserve: Whether the disk is to be left as free as `reserve_bytes` says."""
         self._folder = folder
+        self._keeps_reserve = keeps_reserve
         self._connection = connection
         self._progress = progress
         self._unsaved_bytes = 0
@@ -93,7 +106,9 @@ class Download:
             _check_layers(layers, folder.holding)
             held = merged([*folder.holding.layers, layers])  # Headers alone are the range (0, 0).
             if held != ((0, description.layer_count),):
-                ranges = await trio.to_thread.run_sync(_ranges_of, path, layers, folder.holding)
+                ranges = await trio.to_thread.run_sync(
+                    lambda: _ranges_of(_read_tensors(path), layers, folder.holding)
+                )
                 await self._ranges(ranges, whole_bytes=False)
                 folder.note_layers(description.layer_count, (layers,))
                 return False
@@ -141,7 +156,7 @@ class Download:
             self._total += bytes_in(ranges)
             self._done += bytes_in(ranges) - bytes_in(absent[name])
         needed = sum(map(bytes_in, absent.values()))
-        await trio.to_thread.run_sync(_check_space, self._folder.path, needed)
+        await trio.to_thread.run_sync(self._check_space, needed)
         for name, gaps in absent.items():
             for start, end in gaps:
                 await self.fetch(name, start, end)
@@ -170,6 +185,8 @@ class Download:
             if self._unsaved_bytes >= SAVE_BYTES:
                 self._unsaved_bytes = 0
                 await trio.to_thread.run_sync(self._folder.save)
+                if self._keeps_reserve:  # Another download may have taken the space meanwhile.
+                    await trio.to_thread.run_sync(self._check_space, self._total - self._done)
 
         while position < end:
             attempts += 1
@@ -178,6 +195,21 @@ class Download:
             except HubUnreachable:
                 if attempts >= ATTEMPTS_MAX:
                     raise
+
+    def _check_space(self, needed: int) -> None:
+        if needed <= 0:
+            return
+        folder = self._folder.path
+        with disk_errors(folder):
+            usage = shutil.disk_usage(folder)
+        reserve = reserve_bytes(usage.total) if self._keeps_reserve else 0
+        if usage.free - reserve < needed:
+            kept = f", of which {reserve} are kept" if reserve else ""
+            raise DownloadFailed(
+                f"{needed} more bytes are needed in {folder}, {usage.free} are free{kept}",
+                fix="Free disk space, fetch fewer layers (--layers), or name another cache folder "
+                "in SWARMPY_CACHE. What came so far is kept.",
+            )
 
     def fetch_from_thread(self, name: str, start: int, end: int) -> bytes:
         """Return bytes of a file, fetching what of them is not here. In a worker thread."""
@@ -241,14 +273,25 @@ def _check_layers(layers: Range, holding: Holding) -> None:
         )
 
 
-def _ranges_of(path: Path, layers: Range, holding: Holding) -> Mapping[str, tuple[Range, ...]]:
-    """Return the byte ranges of every file that some layers need. Blocks: reads the headers."""
-    entries: Mapping[str, safetensors.FileRange]
-    entries = gguf.read_header(path).tensors if holding.file else safetensors.read_folder(path)
+def _read_tensors(path: Path) -> Mapping[str, safetensors.FileRange]:
+    """Return where the tensors of a folder or GGUF lie, by name. Blocks: reads the headers."""
+    return safetensors.read_folder(path) if path.is_dir() else gguf.read_header(path).tensors
+
+
+@lru_cache(maxsize=TENSOR_TABLES_MAX)
+def _tensors_once(path: Path, model_id: str) -> Mapping[str, safetensors.FileRange]:
+    """Return where the tensors lie; headers came first and do not change."""
+    return _read_tensors(path)
+
+
+def _ranges_of(
+    tensors: Mapping[str, safetensors.FileRange], layers: Range, holding: Holding
+) -> Mapping[str, tuple[Range, ...]]:
+    """Return the byte ranges of every file that some layers need."""
     start, end = layers
     wanted: dict[str, list[Range]] = {}
-    for name in needed_tensors(entries, start=start, end=end, layer_count=holding.layer_count):
-        entry = entries[name]
+    for name in needed_tensors(tensors, start=start, end=end, layer_count=holding.layer_count):
+        entry = tensors[name]
         wanted.setdefault(entry.path.name, []).append(
             (entry.offset, entry.offset + entry.size_bytes)
         )
@@ -258,25 +301,27 @@ def _ranges_of(path: Path, layers: Range, holding: Holding) -> Mapping[str, tupl
     return {name: merged(ranges, gap_bytes=GAP_BYTES_MAX) for name, ranges in wanted.items()}
 
 
-def missing_bytes(path: Path, layers: Range) -> int:
-    """Return the bytes that are to be fetched before some layers of a partial model are here."""
-    holding = read_holding(path if path.is_dir() else path.parent)
+def missing_bytes(path: Path, model_id: str, layers: Range) -> int:
+    """Return the bytes that are to be fetched before some layers of a partial model are here.
+
+    0 where the model lies at `path` no longer, whole, moved or deleted by another process: what
+    loads it will tell. Blocks: reads the headers, once.
+    """
+    holding = read_holding(path) or read_holding(path.parent)
     if holding is None:
         return 0
+    try:
+        tensors = _tensors_once(path, model_id)
+    except (ModelRefused, OSError):
+        return 0
     held = {file.name: file.ranges for file in holding.files}
-    wanted = _ranges_of(path, layers, holding)
-    return sum(bytes_in(missing(ranges, held[name])) for name, ranges in wanted.items())
+    wanted = _ranges_of(tensors, layers, holding)
+    return sum(bytes_in(missing(ranges, held.get(name, ()))) for name, ranges in wanted.items())
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    with disk_errors(folder):
-        free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise DownloadFailed(
-            f"{needed} more bytes are needed in {folder}, {free} are free",
-            fix="Free disk space, fetch fewer layers (--layers), or name another cache folder in "
-            "SWARMPY_CACHE. What came so far is kept.",
-        )
+def reserve_bytes(disk_bytes: int) -> int:
+    """Return what fetches that others ask for leave free of a disk of `disk_bytes`."""
+    return max(RESERVE_BYTES_MIN, disk_bytes // RESERVE_DIVISOR)
 
 
 def _save_quietly(folder: PartialFolder) -> None:

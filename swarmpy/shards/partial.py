@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 
 from swarmpy.abc import Format
-from swarmpy.errors import DownloadFailed
+from swarmpy.errors import DownloadFailed, ModelRefused
+from swarmpy.shards.describe import Description, describe
 from swarmpy.shards.manifest import (
     CHUNK_BYTES,
     GGUF_NAME,
@@ -30,7 +34,9 @@ from swarmpy.shards.manifest import (
     write_index,
 )
 from swarmpy.shards.ranges import Range, bytes_in, merged
-from swarmpy.shards.safetensors import FILES_MAX
+from swarmpy.shards.safetensors import FILES_MAX, INDEX_NAME
+
+log = logging.getLogger(__name__)
 
 SIDECAR_NAME = ".swarmpy.json"
 """Beside the files, so that they move together; readers of models skip names with a dot."""
@@ -66,7 +72,7 @@ class Holding(msgspec.Struct, frozen=True):
     repository: str
     commit: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{40}$")]
     name: str
-    """As used in requests once the model is whole."""
+    """As used in requests, also once the model is whole."""
     display_name: str
     revision: str = "main"
     """What was asked for when it led to this commit."""
@@ -91,6 +97,11 @@ class Holding(msgspec.Struct, frozen=True):
         """Whether every file is here and has been verified."""
         return bool(self.files) and all(file.is_verified for file in self.files)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all files that are here."""
+        return sum(bytes_in(file.ranges) for file in self.files)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartialModel:
@@ -101,6 +112,8 @@ class PartialModel:
     name: str
     display_name: str
     request: str
+    folder: Path
+    """Where everything of it lies."""
     path: Path
     """As an engine is given it: a folder in Hugging Face layout, or the GGUF; with holes."""
     layers: tuple[Range, ...]
@@ -110,11 +123,6 @@ class PartialModel:
     """Of the whole model."""
     held_bytes: int
 
-    @property
-    def folder(self) -> Path:
-        """Where everything of it lies."""
-        return self.path if self.path.is_dir() else self.path.parent
-
 
 class PartialFolder:
     """A release's folder that is being filled. Its methods block: for worker threads."""
@@ -122,7 +130,8 @@ class PartialFolder:
     def __init__(self, path: Path, holding: Holding) -> None:
         """Args: path: Created if need be. holding: What the hub says of this commit.
 
-        Ranges that the folder holds of the same files count; files of other contents do not.
+        Ranges that the folder holds of the same files count; files of other contents do not. The
+        name that it has there stays.
 
         Raises:
             DownloadFailed: The folder cannot be written.
@@ -134,7 +143,10 @@ class PartialFolder:
         self._files: dict[str, SourceFile] = {}
         if before is not None and before.commit == holding.commit:
             self._holding = msgspec.structs.replace(
-                holding, layers=before.layers, layer_count=before.layer_count
+                holding,
+                layers=before.layers,
+                layer_count=before.layer_count,
+                name=before.name,
             )
         self._dirty: set[str] = set()
         with disk_errors(path):
@@ -244,9 +256,8 @@ class PartialFolder:
         is_same = (
             before is not None
             and path.is_file()
-            and path.stat().st_size == file.size == before.size
-            and before.git_id == file.git_id
-            and file.sha256 in ("", before.sha256)
+            and path.stat().st_size == file.size
+            and _is_same(before, file)
         )
         if before is not None and is_same:
             return before
@@ -293,6 +304,97 @@ def model_path(folder: Path, holding: Holding) -> Path:
     return folder / holding.file if holding.file else folder
 
 
+def rename_release(folder: Path, name: str) -> None:
+    """Give what a release's folder holds another name. Nobody else may be writing its list.
+
+    Raises:
+        DownloadFailed: The folder does not say what it holds (any more), or cannot be written.
+    """
+    holding = read_holding(folder)
+    if holding is None:
+        raise DownloadFailed(f"{folder} is no longer there")
+    renamed = msgspec.structs.replace(holding, name=name)
+    write_index(folder / SIDECAR_NAME, msgspec.json.encode(renamed))
+
+
+def has_same_files(held: Holding, wanted: Holding) -> bool:
+    """Whether two commits of a repository are one model: only files that are not its own differ.
+
+    Args:
+        held: What is here. Once its headers are, it lists no weights but those of the index.
+        wanted: What the hub lists.
+    """
+    if held.repository.lower() != wanted.repository.lower() or held.file != wanted.file:
+        return False
+    known = {file.name: file for file in held.files}
+    listed = {file.name: file for file in wanted.files}
+    beyond = set(listed) - set(known)
+    if set(known) - set(listed) or any(is_small(name) for name in beyond):
+        return False
+    if beyond and INDEX_NAME not in known:
+        return False
+    return all(
+        bool(listed[name].sha256 or listed[name].git_id) and _is_same(file, listed[name])
+        for name, file in known.items()
+    )
+
+
+def _is_same(held: SourceFile, listed: SourceFile) -> bool:
+    return (
+        held.size == listed.size
+        and held.git_id == listed.git_id
+        and listed.sha256 in ("", held.sha256)
+    )
+
+
+def partial_releases(cache_folder: Path) -> Sequence[PartialModel]:
+    """Return what the folders of partial models hold, by folder; damaged files are not noticed."""
+    found = map(partial_model, sorted((cache_folder / "partial").glob("*")))
+    return [held for held in found if held is not None]
+
+
+def partial_models(cache_folder: Path) -> Sequence[PartialModel]:
+    """Return the models of which only some layers are here, each once.
+
+    Two commits or repositories can hold one model: of its folders that with the most bytes counts.
+    """
+    best: dict[str, PartialModel] = {}
+    for held in sorted(partial_releases(cache_folder), key=lambda held: -held.held_bytes):
+        best.setdefault(held.model_id, held)
+    return list(best.values())
+
+
+def remove_partial(cache_folder: Path, model_id: str) -> None:
+    """Delete every folder that holds a part of a model."""
+    for held in partial_releases(cache_folder):
+        if held.model_id == model_id:
+            shutil.rmtree(held.folder, ignore_errors=True)
+
+
+def describe_partial(held: PartialModel) -> Description | None:
+    """Return what the headers say; None, with a warning, where they are gone or damaged.
+
+    Another process may be moving or deleting the folder at this moment. Blocks: reads, once.
+    """
+    try:
+        return _describe_once(held.path, held.model_id)
+    except (ModelRefused, OSError) as error:
+        _warn_once(held.folder, str(error))
+        return None
+
+
+@cache
+def _describe_once(path: Path, model_id: str) -> Description:
+    """Describe a model by its headers, which came first and do not change."""
+    return describe(path)
+
+
+@cache
+def _warn_once(folder: Path, reason: str) -> None:
+    """Warn of a damaged folder; once, as the list is made anew for every question."""
+    log.warning("catalog.partial_damaged", extra={"path": str(folder), "reason": reason})
+
+
 def partial_model(folder: Path) -> PartialModel | None:
     """Describe what a release's folder holds; None where the headers are not all there yet."""
     holding = read_holding(folder)
@@ -306,11 +408,12 @@ def partial_model(folder: Path) -> PartialModel | None:
         name=holding.name,
         display_name=holding.display_name,
         request=holding.request,
+        folder=folder,
         path=model_path(folder, holding),
         layers=merged(holding.layers),
         layer_count=holding.layer_count,
         size_bytes=sum(file.size for file in holding.files),
-        held_bytes=sum(bytes_in(file.ranges) for file in holding.files),
+        held_bytes=holding.held_bytes,
     )
 
 

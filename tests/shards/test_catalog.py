@@ -456,3 +456,29 @@ async def test_a_name_that_is_taken_or_a_sources_is_refused(tmp_path: Path) -> N
 async def test_a_model_that_is_not_listed_cannot_be_renamed(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound):
         await catalog_of(tmp_path).rename("nothing", "something")
+
+
+@pytest.mark.parametrize("name", ["deadbeef", "0123456789", "a" * 64])
+async def test_a_name_that_looks_like_an_id_is_refused(tmp_path: Path, name: str) -> None:
+    catalog = catalog_of(tmp_path)
+    await catalog.pull("tiny")
+
+    with pytest.raises(ModelRefused, match="looks like a model's id"):
+        await catalog.rename("tiny", name)
+
+    assert names_of(catalog) == ["tiny"]
+    assert (await catalog.rename("tiny", "deadbee")).name == "deadbee"
+
+
+async def test_a_model_removed_while_it_is_renamed_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog = catalog_of(tmp_path)
+    entry = await catalog.pull(str(write_model_folder(tmp_path / "one")))
+    await catalog.remove("one")
+    monkeypatch.setattr(catalog, "find", lambda name: entry)
+
+    with pytest.raises(ModelNotFound):
+        await catalog.rename("one", "ghost")
+
+    assert catalog.list() == []
