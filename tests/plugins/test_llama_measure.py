@@ -29,6 +29,8 @@ from swarmpy.plugins.llama.measure import (
 )
 from swarmpy.plugins.llama.quantize import quantize_model
 from swarmpy.shards.catalog import Catalog, ignore
+from swarmpy.shards.gguf import read_header
+from swarmpy.shards.gguf_write import uint32_value
 
 try:
     find_library()
@@ -124,9 +126,40 @@ async def test_speeds_need_no_text(tiny: dict[str, Path], tmp_path: Path) -> Non
 
     for item in found:
         assert math.isnan(item.perplexity)
-        assert item.prefill_tok_s > item.decode_tok_s > 0
+        assert min(item.prefill_tok_s, item.decode_tok_s) > 0
     assert all(map(math.isnan, perplexity_ratio(*found)))
     assert told[-1].done == told[-1].total == 2 * ROUNDS * (PROMPT_TOKENS + REPLY_TOKENS)
+
+
+def with_context(path: Path, tokens: int, folder: Path) -> Path:
+    """A copy of a model that says it has a context of so many tokens."""
+    offset, size = read_header(path).spans["llama.context_length"]
+    raw = path.read_bytes()
+    copy = folder / f"context-{tokens}.gguf"
+    copy.write_bytes(raw[:offset] + uint32_value(tokens) + raw[offset + size :])
+    return copy
+
+
+@pytest.mark.parametrize("context", [2, 100, 175])
+async def test_prompts_and_replies_are_shorter_where_the_context_is(
+    tiny: dict[str, Path], tmp_path: Path, context: int
+) -> None:
+    told: list[Progress] = []
+    path = with_context(tiny["llama"], context, tmp_path)
+
+    (found,) = await measure([path], None, cache_folder=tmp_path, threads=1, progress=told.append)
+
+    assert told[-1].done == told[-1].total == ROUNDS * context
+    assert found.decode_tok_s > 0
+
+
+async def test_a_context_without_room_for_a_reply_is_refused(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    path = with_context(tiny["llama"], 1, tmp_path)
+
+    with pytest.raises(ModelRefused, match="context of 1 is too short"):
+        await measured(path, None, tmp_path)
 
 
 async def test_a_model_that_is_refused_is_refused_as_itself(tmp_path: Path) -> None:

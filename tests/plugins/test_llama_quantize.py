@@ -1,11 +1,11 @@
-"""A model made of another: which type each tensor gets, what is written, and what never is."""
+"""A model made of another: what is written, and what never is."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import struct
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +16,16 @@ import trio
 from gguf_models import Tensor, metadata_of, write_gguf, write_models
 
 from swarmpy.abc import Progress
-from swarmpy.errors import ConfigError, EngineLost, ExtensionNotFound, ModelRefused
+from swarmpy.errors import ConfigError, DoesNotFit, EngineLost, ExtensionNotFound, ModelRefused
+from swarmpy.plugins.llama import measure, quantize_child
 from swarmpy.plugins.llama import quantize as quantizing
-from swarmpy.plugins.llama import quantize_child
-from swarmpy.plugins.llama.file_types import TARGETS, file_type, tensor_types
+from swarmpy.plugins.llama.file_types import file_type
 from swarmpy.plugins.llama.library import find_library, open_library
 from swarmpy.plugins.llama.quantize import Quantized, derived_title, quantize_model
 from swarmpy.plugins.llama.quantized_file import quantized_file
 from swarmpy.shards.catalog import Catalog, ModelEntry, ignore
 from swarmpy.shards.describe import describe
-from swarmpy.shards.gguf import GgmlType, GgufHeader, GgufTensor, dequantize, read_header
+from swarmpy.shards.gguf import GgmlType, dequantize, read_header
 
 try:
     find_library()
@@ -33,146 +33,6 @@ except ExtensionNotFound as missing:
     pytest.skip(f"no llama.cpp library: {missing}", allow_module_level=True)
 
 ID = "5" * 64
-
-
-# Which type ------------------------------------------------------------------
-
-
-def header_of(
-    layers: int, *, width: int = 256, architecture: str = "llama", **more: int
-) -> GgufHeader:
-    """A header of a model with the usual matrices, its head apart from its embedding."""
-    experts = more.get("expert_count", 0)
-    metadata = {"general.architecture": architecture, f"{architecture}.block_count": layers}
-    metadata |= {f"{architecture}.{key}": value for key, value in more.items()}
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (64, width)}
-    for layer in range(layers):
-        stem = f"blk.{layer}."
-        shapes |= {f"{stem}{name}.weight": (width, width) for name in _SQUARE}
-        shapes[f"{stem}attn_norm.weight"] = (width,)
-        down = "ffn_down_exps" if experts else "ffn_down"
-        shapes[f"{stem}{down}.weight"] = (*((experts,) if experts else ()), width, 512)
-        shapes[f"{stem}ffn_gate_inp.weight"] = (8, width)
-    shapes["output.weight"] = (64, width)
-    return GgufHeader(
-        path=Path("model.gguf"),
-        version=3,
-        alignment=32,
-        metadata=metadata,
-        tensors={
-            name: GgufTensor(
-                name=name,
-                type=GgmlType.F32,
-                shape=shape,
-                path=Path("model.gguf"),
-                offset=0,
-                size_bytes=0,
-            )
-            for name, shape in shapes.items()
-        },
-    )
-
-
-_SQUARE = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_gate")
-
-
-def types_of(header: GgufHeader, target: str, part: str) -> list[str]:
-    """The types of one kind of matrix, by layer."""
-    types = tensor_types(header, file_type(target))
-    return [kind.name for name, kind in types.items() if name.endswith(f".{part}.weight")]
-
-
-MIXTURES = {
-    "q4_0": ("Q6_K", "Q4_0", ["Q4_0"] * 10, ["Q4_0"] * 10),
-    "q4_1": ("Q6_K", "Q4_1", ["Q4_1"] * 10, ["Q4_1"] * 10),
-    "q4_k_s": ("Q6_K", "Q4_K", ["Q5_K"] * 4 + ["Q4_K"] * 6, ["Q5_K"] + ["Q4_K"] * 9),
-    "q4_k_m": (
-        *("Q6_K", "Q4_K"),
-        *([("Q6_K" if index in (0, 3, 6, 8, 9) else "Q4_K") for index in range(10)],) * 2,
-    ),
-    "q5_0": ("Q6_K", "Q5_0", ["Q5_0"] * 10, ["Q5_0"] * 10),
-    "q5_1": ("Q6_K", "Q5_1", ["Q5_1"] * 10, ["Q5_1"] * 10),
-    "q5_k_s": ("Q6_K", "Q5_K", ["Q5_K"] * 10, ["Q5_K"] * 10),
-    "q5_k_m": (
-        *("Q6_K", "Q5_K"),
-        *([("Q6_K" if index in (0, 3, 6, 8, 9) else "Q5_K") for index in range(10)],) * 2,
-    ),
-    "q6_k": ("Q6_K", "Q6_K", ["Q6_K"] * 10, ["Q6_K"] * 10),
-    "q8_0": ("Q8_0", "Q8_0", ["Q8_0"] * 10, ["Q8_0"] * 10),
-}
-"""Head, embedding and queries, values, down projections of ten layers, as `llama_model_quantize` of
-llama.cpp 0.5.0 made them of a model of this shape."""
-
-
-@pytest.mark.parametrize("target", MIXTURES)
-def test_each_tensor_gets_the_type_that_llama_cpp_gives_it(target: str) -> None:
-    header = header_of(10)
-    head, most, values, downs = MIXTURES[target]
-
-    types = tensor_types(header, file_type(target))
-
-    assert types["output.weight"].name == head
-    assert types["token_embd.weight"].name == most
-    assert types_of(header, target, "attn_v") == values
-    assert types_of(header, target, "ffn_down") == downs
-    for part in ("attn_q", "attn_k", "attn_output", "ffn_up", "ffn_gate"):
-        assert types_of(header, target, part) == [most] * 10
-    for part in ("attn_norm", "ffn_gate_inp"):
-        assert types_of(header, target, part) == ["F32"] * 10
-
-
-def test_every_target_was_compared() -> None:
-    assert {name.lower() for name in TARGETS} == MIXTURES.keys()
-
-
-def test_an_embedding_that_is_the_head_too_gets_the_heads_type() -> None:
-    header = header_of(2)
-    tied = {name: item for name, item in header.tensors.items() if name != "output.weight"}
-    header = GgufHeader(
-        path=header.path, version=3, alignment=32, metadata=header.metadata, tensors=tied
-    )
-
-    assert tensor_types(header, file_type("q4_0"))["token_embd.weight"] is GgmlType.Q6_K
-
-
-@pytest.mark.parametrize(
-    ("target", "width", "expected"),
-    [("q4_k_s", 96, "Q5_0"), ("q5_k_s", 96, "Q5_1"), ("q6_k", 96, "Q8_0"), ("q4_0", 40, "F16")],
-)
-def test_rows_that_are_no_whole_blocks_get_a_type_that_fits(
-    target: str, width: int, expected: str
-) -> None:
-    assert set(types_of(header_of(4, width=width), target, "attn_q")) == {expected}
-
-
-def test_eight_experts_get_more_bits_for_what_they_share() -> None:
-    header = header_of(10, expert_count=8)
-
-    assert set(types_of(header, "q4_0", "attn_v") + types_of(header, "q4_0", "attn_k")) == {"Q8_0"}
-    assert set(types_of(header, "q4_k_m", "attn_output")) == {"Q5_K"}
-    assert Counter(types_of(header, "q4_k_m", "ffn_down_exps")) == {"Q4_K": 5, "Q6_K": 5}
-
-
-@pytest.mark.parametrize(
-    ("architecture", "kv_heads", "expected"),
-    [("llama", 2, "Q5_K"), ("llama", 8, "Q4_K"), ("qwen2", 8, "Q5_K"), ("qwen3", 2, "Q4_K")],
-)
-def test_the_shared_values_of_70_b_models_get_more_bits(
-    architecture: str, kv_heads: int, expected: str
-) -> None:
-    heads = {"attention.head_count": 8, "attention.head_count_kv": kv_heads}
-    header = header_of(80, architecture=architecture, **heads)
-
-    assert types_of(header, "q4_k_s", "attn_v")[-1] == expected
-
-
-def test_an_unknown_type_is_answered_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match="quantised to 'q3'") as refused:
-        file_type("q3")
-
-    assert refused.value.fix == (
-        "Use one of q4_0, q4_1, q4_k_s, q4_k_m, q5_0, q5_1, q5_k_s, q5_k_m, q6_k, q8_0."
-    )
 
 
 @pytest.mark.parametrize(
@@ -195,7 +55,7 @@ def test_a_title_says_the_type_once_and_is_a_plain_file_name(title: str, expecte
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    names = ("llama", "llama+q4_k", "llama+q8_0", "mamba", "rwkv7")
+    names = ("gemma4", "llama", "llama+q4_k", "llama+q8_0", "mamba", "minicpm3", "rwkv7")
     return write_models(tmp_path_factory.mktemp("models"), names)
 
 
@@ -394,6 +254,79 @@ async def test_an_original_that_changed_is_refused(
         await quantize_model(catalog, original, "q8_0")
 
 
+async def test_an_original_that_changes_while_it_is_read_is_refused(
+    catalog: Catalog, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    """Method: a byte is changed as soon as the work has begun."""
+    path = Path(shutil.copy(tiny["llama"], tmp_path / "copy.gguf"))
+    original = await listed(catalog, path)
+    last = list(read_header(path).tensors.values())[-1]
+
+    def change(progress: Progress) -> None:
+        if progress.step == "quantising":
+            overwrite(path, last.offset, b"\x3c")
+
+    with pytest.raises(ModelRefused, match="changed since"):
+        await quantize_model(catalog, original, "q8_0", progress=change)
+
+    assert left_over(catalog) == []
+
+
+async def test_an_original_that_was_put_back_in_the_meantime_is_refused(
+    catalog: Catalog, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    """What was read may have been what lay there before."""
+    path = Path(shutil.copy(tiny["llama"], tmp_path / "copy.gguf"))
+    original = await listed(catalog, path)
+
+    def put_back(progress: Progress) -> None:
+        if progress.step == "quantising":
+            shutil.copy(tiny["llama"], tmp_path / "new.gguf")
+            (tmp_path / "new.gguf").replace(path)
+
+    with pytest.raises(ModelRefused, match="changed while it was quantised"):
+        await quantize_model(catalog, original, "q8_0", progress=put_back)
+
+    assert left_over(catalog) == []
+
+
+async def test_a_result_that_does_not_run_is_not_listed(
+    catalog: Catalog, tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "ENGINE", "aborting_llama:AbortingEngine")
+    original = await listed(catalog, tiny["llama"])
+
+    with pytest.raises(ModelRefused, match=r"Llama \(Q8_0\) does not run.*SIGABRT"):
+        await quantize_model(catalog, original, "q8_0")
+
+    assert left_over(catalog) == []
+    assert catalog.list() == [original]
+
+
+async def test_a_result_that_does_not_fit_is_run_in_parts(
+    catalog: Catalog, tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Method: an engine that has room for four layers, and a model of twelve."""
+    monkeypatch.setattr(measure, "ENGINE", "narrow_llama:NarrowEngine")
+
+    made = await quantize_model(catalog, await listed(catalog, tiny["gemma4"]), "q8_0")
+
+    assert made.entry in catalog.list()
+
+
+async def test_a_result_of_which_no_part_fits_is_not_listed(
+    catalog: Catalog, tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is one that is run whole or not at all."""
+    monkeypatch.setattr(measure, "ENGINE", "narrow_llama:NarrowEngine")
+    original = await listed(catalog, tiny["minicpm3"])
+
+    with pytest.raises(DoesNotFit, match=r"cannot be run once here.*6 layers, room for 4"):
+        await quantize_model(catalog, original, "q8_0")
+
+    assert left_over(catalog) == []
+
+
 @pytest.mark.parametrize("target", ["q4_0", "q4_k_m"])
 async def test_weights_that_are_not_finite_are_refused_by_name(
     catalog: Catalog, tiny: dict[str, Path], tmp_path: Path, target: str
@@ -439,18 +372,26 @@ def test_a_library_that_lays_its_types_out_in_another_way_is_refused(
 # How it ends ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["quantising", "checking"])
+@pytest.mark.parametrize(
+    ("after", "step"),
+    [
+        ("checking", "quantising"),
+        ("quantising", "checking"),
+        ("quantising", "running it once"),
+        ("running it once", "checking"),
+    ],
+)
 async def test_what_is_interrupted_leaves_nothing(
-    catalog: Catalog, tiny: dict[str, Path], step: str
+    catalog: Catalog, tiny: dict[str, Path], after: str, step: str
 ) -> None:
-    """Method: cancelled while it is written, and while what was written is hashed for its id."""
+    """Method: cancelled in each of its steps, at last while the result is hashed for its id."""
     original = await listed(catalog, tiny["llama"])
     scope = trio.CancelScope()
     told: list[str] = []
 
     def cancel(progress: Progress) -> None:
         told.append(progress.step)
-        if progress.step == step and "quantising" in told:
+        if progress.step == step and after in told:
             scope.cancel()
 
     with scope:
@@ -487,6 +428,41 @@ async def test_an_abort_inside_the_library_is_an_error_and_not_the_end(
 
     assert signal.SIGABRT.name in str(lost.value)
     assert left_over(catalog) == []
+
+
+async def test_a_process_that_makes_no_progress_is_ended(
+    catalog: Catalog, tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much it says."""
+    monkeypatch.setattr(quantizing, "CHILD", "hanging_quantiser")
+    monkeypatch.setattr(quantizing, "SILENCE_S_MAX", 0.5)
+    original = await listed(catalog, tiny["llama"])
+
+    with trio.fail_after(60), pytest.raises(EngineLost, match=r"no progress for 0\.5 s"):
+        await quantize_model(catalog, original, "q8_0")
+
+    assert left_over(catalog) == []
+
+
+def test_what_was_written_goes_to_the_disk_piece_by_piece(
+    tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One wait for all of it at the end would be taken for a process that hangs."""
+    planned = quantized_file(read_header(tiny["llama"]), file_type("q8_0"), derived_from=ID)
+    converter = quantize_child.Converter(open_library(find_library()))
+    events: list[str] = []
+    monkeypatch.setattr(quantize_child, "SYNC_BYTES", 1000)
+    monkeypatch.setattr(os, "fsync", lambda file: events.append("synced"))
+
+    quantize_child.write_quantised(
+        planned,
+        tmp_path / "model.gguf",
+        converter,
+        threads=1,
+        report=lambda done, total: events.append("told"),
+    )
+
+    assert ["synced", "told", "synced"] in [events[at : at + 3] for at in range(len(events))]
 
 
 async def test_what_a_killed_process_left_is_swept_and_the_work_done(

@@ -3,8 +3,9 @@
 A file type is a mixture: the head, and in some the value and down projections of some layers, get
 more bits. These are llama.cpp's own choices without an importance matrix, so that a name means here
 what it means in files from elsewhere; its quantiser itself is in no wheel.
-Source: src/llama-quant.cpp and `enum llama_ftype` of llama.cpp 0.5.0 (MIT); compared tensor by
-tensor, and byte by byte, with what that release's `llama_model_quantize` writes.
+Source: src/llama-quant.cpp and `enum llama_ftype` of llama.cpp 0.5.0 (MIT). Compared, tensor by
+tensor and byte by byte, with what that release's `llama_model_quantize` writes: a tiny model of
+each architecture that is run, to each of `TARGETS`; where rows are no whole blocks of 32 as well.
 """
 
 from __future__ import annotations
@@ -63,15 +64,28 @@ _FALLBACKS: Mapping[GgmlType, GgmlType] = {
 }
 """For rows that are no whole number of blocks of 256; where they are none of 32 either, F16."""
 
-_KEPT = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d.weight")
-"""Ends of names of matrices that are small and sensitive, and stay as they are."""
+_KEPT = (
+    "_norm.weight",
+    "ffn_gate_inp.weight",
+    "altup",
+    "laurel",
+    "per_layer_model_proj",
+    "ssm_conv1d",
+    "shortconv.conv.weight",
+    "indexer.k_proj.weight",
+    "indexer.q_proj.weight",
+)
+"""Parts of names of matrices that are small and sensitive, and stay as they are."""
 
 _KEPT_WHOLE = frozenset({"position_embd.weight", "token_types.weight"})
 
-_VALUES = ("attn_v.weight", "attn_qkv.weight")
-"""The projections that bear the least; queries, keys and values in one count as values."""
+_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+"""They get the head's type where a model has no head apart."""
 
-_SEVENTY_BILLION = frozenset({"llama", "olmo", "qwen2"})
+_VALUES = ("attn_v.weight", "attn_qkv.weight", "attn_kv_b.weight")
+"""The projections that bear the least; others that are in one with the values count as these."""
+
+_SEVENTY_BILLION = frozenset({"deci", "llama", "olmo", "qwen2"})
 """Architectures whose models of 80 layers llama.cpp takes for 70 B: eight heads share one value, so
 more bits for these cost next to nothing."""
 
@@ -108,13 +122,14 @@ def _chosen(header: GgufHeader, target: FileType) -> Iterator[tuple[GgufTensor, 
     values = [tensor.name for tensor in tensors if _has(tensor, *_VALUES)]
     downs = [tensor.name for tensor in tensors if _has(tensor, "ffn_down")]
     family = header.architecture
+    is_falcon = family == "falcon"
     layers = header.integer(f"{family}.block_count")
     experts = header.integer(f"{family}.expert_count", 0)
-    head = "output.weight" if "output.weight" in header.tensors else "token_embd.weight"
+    heads = ("output.weight",) if "output.weight" in header.tensors else _EMBEDDINGS
     for tensor in tensors:
         kind = target.type
-        if tensor.name == head:
-            kind = _head_type(tensor, kind)
+        if tensor.name in heads:
+            kind = GgmlType.Q8_0 if is_falcon else _head_type(tensor, kind)
         elif _has(tensor, *_VALUES):
             index = values.index(tensor.name)
             kind = _more(target, index, of=len(values), first=4)
@@ -128,19 +143,35 @@ def _chosen(header: GgufHeader, target: FileType) -> Iterator[tuple[GgufTensor, 
             kind = GgmlType.Q5_K
         elif _has(tensor, "ffn_down"):
             index = _place(tensor)[0] if experts > 1 else downs.index(tensor.name)
-            kind = _more(target, index, of=layers, first=layers // 8)
+            if is_falcon and kind is GgmlType.Q4_K:
+                kind = _falcon_down(target, index, of=layers)
+            else:
+                kind = _more(target, index, of=layers, first=layers // 8)
         yield tensor, kind
 
 
 def _more(target: FileType, index: int, *, of: int, first: int) -> GgmlType:
     """Return the type of one of a kind of projection, by its number among `of`."""
-    eighth = of // 8
-    is_chosen = index < eighth or index >= 7 * of // 8 or (index - eighth) % 3 == 2
-    if target.is_more_for_some and is_chosen:
+    if target.is_more_for_some and _is_chosen(index, of):
         return GgmlType.Q6_K
     if target.is_more_for_first and index < first:
         return GgmlType.Q5_K
     return target.type
+
+
+def _falcon_down(target: FileType, index: int, *, of: int) -> GgmlType:
+    """Return the type of one of falcon's down projections, which bear less in fewer layers."""
+    if not target.is_more_for_some:
+        return target.type
+    if index < of // 16:
+        return GgmlType.Q6_K
+    return GgmlType.Q5_K if _is_chosen(index, of) else target.type
+
+
+def _is_chosen(index: int, of: int) -> bool:
+    """Whether a layer is one of the first or last eighth, or a third one between."""
+    eighth = of // 8
+    return index < eighth or index >= 7 * of // 8 or (index - eighth) % 3 == 2
 
 
 def _head_type(tensor: GgufTensor, kind: GgmlType) -> GgmlType:
@@ -161,7 +192,7 @@ def _fitting(kind: GgmlType, tensor: GgufTensor) -> GgmlType:
 def _is_quantised(tensor: GgufTensor) -> bool:
     """Whether it is a matrix of weights, or several."""
     is_matrix = math.prod(tensor.shape[:-1]) > 1
-    is_weight = tensor.name.endswith("weight") and not tensor.name.endswith(_KEPT)
+    is_weight = tensor.name.endswith("weight") and not _has(tensor, *_KEPT)
     return is_matrix and is_weight and tensor.name not in _KEPT_WHOLE
 
 

@@ -7,8 +7,9 @@ window is scored, so that every scored token has at least half a window to go by
 vocabulary are compared token by token: most of the spread is the text's, and cancels.
 
 Speeds are those inside the engine's own step, of a prompt of 128 tokens in chunks of 64 and of 48
-tokens one by one; the median of three rounds, after the perplexity has warmed everything up. Models
-take turns in each round, so that what else the machine does meets them alike.
+tokens one by one (fewer where a context is shorter); the median of three rounds, after the
+perplexity has warmed everything up. Models take turns in each round, so that what else the machine
+does meets them alike.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import trio
 
-from swarmpy.abc import Progress, Row, Want
+from swarmpy.abc import Inspection, Output, Progress, Row, Want
 from swarmpy.config import PREFILL_CHUNK, EngineConfig
-from swarmpy.errors import ExtensionNotFound, RowError, SwarmError
+from swarmpy.errors import DoesNotFit, ExtensionNotFound, ModelRefused, RowError, SwarmError
 from swarmpy.pipeline.engine_host import EngineHost, HostedShard
 from swarmpy.shards.gguf import read_header
 from swarmpy.shards.tokenizer_files import tokenizer_json
@@ -40,6 +43,8 @@ ROUNDS = 3
 ENGINE = "swarmpy.plugins.llama:LlamaEngine"
 
 Losses = npt.NDArray[np.float64]
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,48 +138,137 @@ async def measure(
 
     Raises:
         DoesNotFit: The models, with a slot each, exceed the memory that is left.
-        ModelRefused: The engine does not run one of them.
+        ModelRefused: The engine does not run one of them, or its context is a single token.
         EngineLost: A child ended.
     """
+
+    async def work(host: EngineHost) -> list[Measured]:
+        inspections = [await host.inspect(path) for path in paths]
+        lengths = _Lengths.within(min(item.context_max for item in inspections))
+        shards = [
+            await host.load(
+                path, start=0, end=item.layer_count, slots=1, context=lengths.context, exact=False
+            )
+            for path, item in zip(paths, inspections, strict=True)
+        ]
+        vocabulary = min(item.vocabulary_size for item in inspections)
+        scored = text or TextTokens(ids=[], start=[])
+        return await _measure(shards, scored, lengths, vocabulary, progress)
+
+    return await _hosted(work, cache_folder=cache_folder, threads=threads)
+
+
+async def check_runs(path: Path, *, cache_folder: Path) -> None:
+    """Load a model in a child process and run one token through it.
+
+    Where it does not fit whole, its smallest parts do so one after the other.
+
+    Raises:
+        DoesNotFit: Such a part exceeds the memory that is left.
+        ModelRefused: The engine does not run it.
+        RowError: The token could not be computed.
+        EngineLost: The child ended.
+    """
+
+    async def work(host: EngineHost) -> None:
+        inspection = await host.inspect(path)
+        try:
+            await _run_token(host, path, inspection, cuts=())
+        except DoesNotFit:
+            await _run_token(host, path, inspection, cuts=inspection.cuts)
+
+    await _hosted(work, cache_folder=cache_folder, threads=0)
+
+
+async def _run_token(
+    host: EngineHost, path: Path, inspection: Inspection, *, cuts: Sequence[int]
+) -> None:
+    """Run one token through parts, of which one is loaded at a time."""
+    hidden = None
+    for start, end in pairwise((0, *cuts, inspection.layer_count)):
+        shard = await host.load(path, start=start, end=end, slots=1, context=1, exact=False)
+        has_ids = start == 0 or inspection.needs_token_ids(start, end)
+        row = Row(
+            slot=0,
+            position=0,
+            count=1,
+            token_ids=np.zeros(1, np.int32) if has_ids else None,
+            hidden=hidden,
+            want=Want.LAST_LOGITS if end == inspection.layer_count else Want.HIDDEN,
+        )
+        hidden = (await _run_row(shard, row))[0].hidden
+        await shard.close()
+
+
+async def _hosted(
+    work: Callable[[EngineHost], Awaitable[_Result]], *, cache_folder: Path, threads: int
+) -> _Result:
+    """Do some work with an engine's children, all of which end with it; 0 threads: its share."""
     host = EngineHost(ENGINE, config=EngineConfig(threads=threads), cache_folder=cache_folder)
-    measured: list[Measured] | SwarmError = []
+    result: _Result | SwarmError
     async with trio.open_nursery() as nursery:
         await nursery.start(_run_host, host)
         try:
-            inspections = [await host.inspect(path) for path in paths]
-            window = min(WINDOW_TOKENS, *(item.context_max for item in inspections))
-            context = max(window, PROMPT_TOKENS + REPLY_TOKENS)
-            shards = [
-                await host.load(
-                    path, start=0, end=item.layer_count, slots=1, context=context, exact=False
-                )
-                for path, item in zip(paths, inspections, strict=True)
-            ]
-            vocabulary = min(item.vocabulary_size for item in inspections)
-            text = text or TextTokens(ids=[], start=[])
-            measured = await _measure(shards, text, window, vocabulary, progress)
+            result = await work(host)
         except SwarmError as error:
-            measured = error  # Raised where no nursery makes a group of it.
+            result = error  # Raised where no nursery makes a group of it.
         nursery.cancel_scope.cancel()
-    if isinstance(measured, SwarmError):
-        raise measured
-    return measured
+    if isinstance(result, SwarmError):
+        raise result
+    return result
 
 
 async def _run_host(host: EngineHost, task_status: trio.TaskStatus[None]) -> None:
     await host.run(task_status=task_status)
 
 
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """How many tokens are run at a time, within a context."""
+
+    window: int
+    prompt: int
+    reply: int
+
+    @classmethod
+    def within(cls, context_max: int) -> _Lengths:
+        """Return them as they are wanted, shorter where a context is.
+
+        Raises:
+            ModelRefused: A context that has no room for a prompt and a reply.
+        """
+        if context_max < 2:
+            raise ModelRefused(
+                f"a context of {context_max} is too short to measure speeds, which takes 2 tokens",
+                fix="Leave the comparison out: --no-measure.",
+            )
+        reply = min(REPLY_TOKENS, context_max // 2)
+        return cls(
+            window=min(WINDOW_TOKENS, context_max),
+            prompt=min(PROMPT_TOKENS, context_max - reply),
+            reply=reply,
+        )
+
+    @property
+    def round(self) -> int:
+        """Tokens of a prompt and its reply."""
+        return self.prompt + self.reply
+
+    @property
+    def context(self) -> int:
+        """What a slot must hold."""
+        return max(self.window, self.round)
+
+
 async def _measure(
     shards: Sequence[HostedShard],
     text: TextTokens,
-    window: int,
+    lengths: _Lengths,
     vocabulary_size: int,
     progress: Callable[[Progress], None],
 ) -> list[Measured]:
-    windows = _windows(text, window)
-    round_tokens = PROMPT_TOKENS + REPLY_TOKENS
-    total = len(shards) * (sum(map(len, windows)) + ROUNDS * round_tokens)
+    windows = _windows(text, lengths.window)
+    total = len(shards) * (sum(map(len, windows)) + ROUNDS * lengths.round)
     done = 0
 
     def report(count: int) -> None:
@@ -187,13 +281,15 @@ async def _measure(
         np.concatenate([np.empty(0), *[await losses(shard, ids, report) for ids in windows]])
         for shard in shards
     ]
-    ids = text.ids or [index % vocabulary_size for index in range(round_tokens)]
-    rounds = [[await _round(shard, ids, report) for shard in shards] for _ in range(ROUNDS)]
+    ids = text.ids or [index % vocabulary_size for index in range(lengths.round)]
+    rounds = [
+        [await _round(shard, ids, lengths, report) for shard in shards] for _ in range(ROUNDS)
+    ]
     return [
         Measured(
             losses=found,
-            prefill_tok_s=PROMPT_TOKENS / statistics.median(prefill_s for prefill_s, _ in times),
-            decode_tok_s=REPLY_TOKENS / statistics.median(decode_s for _, decode_s in times),
+            prefill_tok_s=lengths.prompt / statistics.median(prefill_s for prefill_s, _ in times),
+            decode_tok_s=lengths.reply / statistics.median(decode_s for _, decode_s in times),
         )
         for found, times in zip(scored, zip(*rounds, strict=True), strict=True)
     ]
@@ -246,17 +342,17 @@ def _losses(logits: npt.NDArray[np.float32], ids: Sequence[int]) -> Losses:
 
 
 async def _round(
-    shard: HostedShard, ids: Sequence[int], report: Callable[[int], None]
+    shard: HostedShard, ids: Sequence[int], lengths: _Lengths, report: Callable[[int], None]
 ) -> tuple[float, float]:
     """Return the seconds of a prompt, and of as many steps as a reply has tokens."""
     prefill_s = decode_s = 0.0
-    for begin in range(0, PROMPT_TOKENS, PREFILL_CHUNK):
-        chunk = ids[begin : min(begin + PREFILL_CHUNK, PROMPT_TOKENS)]
-        is_last = begin + len(chunk) == PROMPT_TOKENS
+    for begin in range(0, lengths.prompt, PREFILL_CHUNK):
+        chunk = ids[begin : min(begin + PREFILL_CHUNK, lengths.prompt)]
+        is_last = begin + len(chunk) == lengths.prompt
         want = Want.LAST_LOGITS if is_last else Want.NOTHING
         prefill_s += (await _step(shard, chunk, begin, want))[1]
         report(len(chunk))
-    for position in range(PROMPT_TOKENS, PROMPT_TOKENS + REPLY_TOKENS):
+    for position in range(lengths.prompt, lengths.round):
         decode_s += (await _step(shard, ids[position : position + 1], position, Want.LAST_LOGITS))[
             1
         ]
@@ -276,11 +372,16 @@ async def _step(
         hidden=None,
         want=want,
     )
+    output, engine_s = await _run_row(shard, row)
+    if output.logits is None:
+        return np.empty((0, 0), np.float32), engine_s
+    logits = np.frombuffer(output.logits.data, np.float32).reshape(output.logits.shape)
+    return logits, engine_s
+
+
+async def _run_row(shard: HostedShard, row: Row) -> tuple[Output, float]:
     outcome = await shard.step([row])
     output = outcome.outputs[0]
     if output.error:
         raise RowError(output.error)
-    if output.logits is None:
-        return np.empty((0, 0), np.float32), outcome.engine_s
-    logits = np.frombuffer(output.logits.data, np.float32).reshape(output.logits.shape)
-    return logits, outcome.engine_s
+    return output, outcome.engine_s

@@ -2,7 +2,8 @@
 
 The result is a model of its own, with an id of its own, and says in its metadata which one it was
 made from. The work is done in a child process (`quantize_child.py`): an assertion in the library
-must not end its caller. The original is only read.
+must not end its caller. The original is only read, and checked again once it was; the result is run
+once before it is listed.
 """
 
 from __future__ import annotations
@@ -24,12 +25,20 @@ import msgspec
 import trio
 
 from swarmpy.abc import Progress
-from swarmpy.errors import ConfigError, EngineLost, ExtensionNotFound, ModelRefused
+from swarmpy.errors import (
+    ConfigError,
+    DoesNotFit,
+    EngineLost,
+    ExtensionNotFound,
+    ModelRefused,
+    RowError,
+)
 from swarmpy.pipeline.engine_process import child_environment
 from swarmpy.pipeline.engine_threads import threads_for
 from swarmpy.plugins.llama.architectures import architecture_of
 from swarmpy.plugins.llama.file_types import FileType, file_type
 from swarmpy.plugins.llama.library import find_library
+from swarmpy.plugins.llama.measure import check_runs
 from swarmpy.plugins.llama.quantized_file import QuantizedFile, quantized_file
 from swarmpy.shards.catalog import Catalog, ModelEntry, ignore
 from swarmpy.shards.gguf import read_header
@@ -41,6 +50,10 @@ CHILD = "swarmpy.plugins.llama.quantize_child"
 
 LINE_BYTES_MAX = 16_384
 """Longest line of the child."""
+
+SILENCE_S_MAX = 120.0
+"""Longest wait for progress. The child tells of each million numbers, and writes them to the disk
+a gibibyte at a time (`quantize_child.SYNC_BYTES`)."""
 
 STDERR_SHOWN = 500
 """Last characters of what the child wrote to standard error, for the message."""
@@ -77,9 +90,10 @@ async def quantize_model(
     Raises:
         ConfigError: No such file type, or a disk that is full or cannot be written.
         ExtensionNotFound: The llama.cpp library is not installed.
-        ModelRefused: The original is no GGUF, is of that type already, changed since it was listed,
-            or has weights that are not finite.
-        EngineLost: The child process ended.
+        ModelRefused: The original is no GGUF, is of that type already, changed since it was listed
+            or while it was read, or has weights that are not finite; or the result does not run.
+        DoesNotFit: The result is too large for this machine to run it once.
+        EngineLost: The child process ended, or hung.
     """
     target = file_type(to)
     find_library()  # It is opened by the child alone, yet its absence must be said first.
@@ -89,6 +103,7 @@ async def quantize_model(
             fix="Fetch a GGUF of the model: swarmpy models pull owner/name:file.gguf",
         )
     original = await catalog.verify(original, progress)
+    state = await trio.to_thread.run_sync(_state_of, original.path)
     planned = await trio.to_thread.run_sync(_plan, original, target)
     title = derived_title(original.display_name, target)
     release = f"derived--{plain_model_name(title)}--{original.model_id[:12]}"
@@ -103,7 +118,9 @@ async def quantize_model(
             await trio.to_thread.run_sync(_make_empty, folder, planned)
             written = folder / path.name
             await _run_child(original, written, target, catalog.cache_folder, progress)
+            await _check_unchanged(catalog, original, state, progress)
             await trio.to_thread.run_sync(_check_written, written, planned)
+            await _check_runs(written, catalog.cache_folder, progress)
             entry = await _install(catalog, written, path, progress)
         finally:
             with trio.CancelScope(shield=True):
@@ -187,13 +204,22 @@ async def _run_child(
     last = _Line()
     try:
         assert process.stdout is not None
-        unread = bytearray()
-        async for data in process.stdout:
-            unread += data
-            for last in _lines(unread):
-                if not last.error:
-                    progress(Progress(step="quantising", done=last.done, total=last.total))
-        await process.wait()
+        unread, furthest = bytearray(), -1
+        with trio.move_on_after(SILENCE_S_MAX) as patience:
+            async for data in process.stdout:
+                unread += data
+                for last in _lines(unread):
+                    if not last.error:
+                        progress(Progress(step="quantising", done=last.done, total=last.total))
+                    if last.done > furthest:
+                        furthest = last.done
+                        patience.deadline = trio.current_time() + SILENCE_S_MAX
+            await process.wait()
+        if patience.cancelled_caught:
+            raise EngineLost(
+                f"the quantising process made no progress for {SILENCE_S_MAX:g} s",
+                fix="Nothing was changed. Where the disk is not stuck, please report this.",
+            )
     finally:
         if process.returncode is None:
             process.kill()
@@ -232,6 +258,58 @@ def _child_lost(code: int, log: Path) -> EngineLost:
     return EngineLost(
         f"the quantising process ended ({how})", fix="Nothing was changed; please report this."
     )
+
+
+async def _check_unchanged(
+    catalog: Catalog,
+    original: ModelEntry,
+    state: tuple[int, int],
+    progress: Callable[[Progress], None],
+) -> None:
+    """Hold the original against its id once more: the child read it long after that was done.
+
+    Raises:
+        ModelRefused: It changed, be it that what it was has been fetched again since.
+    """
+    await catalog.verify(original, progress)
+    if await trio.to_thread.run_sync(_state_of, original.path) != state:
+        raise ModelRefused(
+            f"{original.name}: {original.path.name} changed while it was quantised",
+            fix="Try again.",
+        )
+
+
+def _state_of(path: Path) -> tuple[int, int]:
+    """What another file in its place has not, though its bytes be the same."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ModelRefused(f"cannot read {path}: {error.strerror}") from error
+    return status.st_ino, status.st_mtime_ns
+
+
+async def _check_runs(
+    written: Path, cache_folder: Path, progress: Callable[[Progress], None]
+) -> None:
+    """Run the result once: of a type that it does not expect, the library may end a process.
+
+    Raises:
+        DoesNotFit: It is too large for this machine to say.
+        ModelRefused: It does not run.
+    """
+    progress(Progress(step="running it once", done=0, total=0))
+    try:
+        await check_runs(written, cache_folder=cache_folder)
+    except DoesNotFit as error:
+        raise DoesNotFit(
+            f"{written.stem} cannot be run once here, and so is not listed: {error}",
+            fix="Free memory, or quantise it on a larger machine.",
+        ) from error
+    except (EngineLost, ModelRefused, RowError) as error:
+        raise ModelRefused(
+            f"{written.stem} does not run, and so is not listed: {error}",
+            fix="Nothing was changed. Use another type, or the original; please report this.",
+        ) from error
 
 
 def _check_written(written: Path, planned: QuantizedFile) -> None:

@@ -31,6 +31,11 @@ CHUNK_NUMBERS = 1 << 20
 """Numbers converted at once by a thread: 4 MiB as float32, some 10 ms."""
 
 
+SYNC_BYTES = 1 << 30
+"""Bytes of the source after which what was written is sent to the disk: progress is told between,
+which one wait for all of a large model at the end would not let it."""
+
+
 class Converter:
     """Turns rows of one type into rows of another, as the library does."""
 
@@ -137,7 +142,7 @@ def write_quantised(
         ModelRefused: The source was cut off, or holds numbers that are not finite.
         ConfigError: The target cannot be written, or its disk is full.
     """
-    header, done = planned.header, 0
+    header, done, synced = planned.header, 0, 0
     total = sum(tensor.size_bytes for tensor in header.tensors.values())
     report(0, total)
     try:
@@ -153,6 +158,9 @@ def write_quantised(
                     work = _Piecework(source.fileno(), output.fileno(), tensor, kind, converter)
                     for size in pool.map(work, jobs):
                         done += size
+                        if done - synced >= SYNC_BYTES:
+                            os.fsync(output.fileno())
+                            synced = done
                         report(done, total)
             output.flush()
             os.fsync(output.fileno())
