@@ -111,5 +111,5 @@ if __name__ == "__main__":
         base = read_header(file)
         for depth in json.loads(sys.argv[2]):
             write_deep(opened, file, sys.argv[1], depth)
-            is_alike = is_separable(base, depth)
+            is_alike = is_separable(base, depth, layers=BASE)
             print(json.dumps([depth, digest_of(opened, file), is_alike]), flush=True)

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -227,10 +228,12 @@ def write_cut(
         ConfigError: The folder cannot be written, or its disk is full.
     """
     assert all(piece.source != target for piece in cut.pieces), f"{target} would replace its source"
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.new")
+    temporary: Path | None = None
     try:
         _check_room(cut, target.parent)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        # A name that nobody knows before, and that was nobody's: a link there would be followed.
+        descriptor, name = tempfile.mkstemp(".new", f"{target.name}.", target.parent)
+        temporary = Path(name)
         with os.fdopen(descriptor, "wb") as file:
             file.write(cut.header)
             _copy(cut, file, report)
@@ -243,23 +246,27 @@ def write_cut(
             fix="Free disk space, or name another folder.",
         ) from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 # What is refused --------------------------------------------------------------
 
 
-def is_separable(header: GgufHeader, count: int) -> bool:
-    """Whether the library computes `count` layers alone as it computes them in the whole model."""
-    layers = layer_count(header)
+def is_separable(header: GgufHeader, count: int, *, layers: int) -> bool:
+    """Whether the library computes `count` layers alone as it computes them in the whole model.
+
+    Args:
+        layers: As `layer_count` gives it, which looks at every tensor.
+    """
     return count == layers or _depth_range(header, count) == _depth_range(header, layers)
 
 
 def why_undivided(header: GgufHeader) -> str:
     """Return why a model can only be run whole; empty where it can be cut."""
     architecture, layers = header.architecture, layer_count(header)
-    if not any(is_separable(header, count) for count in range(1, layers)):
+    if not any(is_separable(header, count, layers=layers) for count in range(1, layers)):
         return (
             f"llama.cpp tells models of architecture {architecture!r} apart by their number of "
             f"layers, so none of these {layers} can be run alone"
@@ -294,7 +301,7 @@ def _check_separable(header: GgufHeader, layers: int, count: int) -> None:
         return
     if reason := why_undivided(header):
         raise ModelRefused(f"{name}: {reason}")
-    if not is_separable(header, count):
+    if not is_separable(header, count, layers=layers):
         raise ModelRefused(
             f"{name}: llama.cpp would take {count} layers of architecture {header.architecture!r} "
             "for another model by their number"

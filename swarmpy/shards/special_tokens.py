@@ -98,10 +98,11 @@ def _end_ids(header: GgufHeader, ids: Mapping[str, int]) -> Iterator[int]:
     for role, texts in _OTHER_WORK.items():
         if f"tokenizer.ggml.{role}_token_id" not in header.metadata:
             yield from (ids[text] for text in texts if text in ids)
+    count = len(header.texts("tokenizer.ggml.tokens"))
     for token_id in header.integers("tokenizer.ggml.eos_token_ids", ()):
-        if not 0 <= token_id < len(ids):
+        if not 0 <= token_id < count:
             raise ModelRefused(
-                f"{header.path.name}: end token {token_id} of {len(ids)} tokens is out of range"
+                f"{header.path.name}: end token {token_id} of {count} tokens is out of range"
             )
         yield token_id
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from swarmpy.errors import ModelRefused
-from swarmpy.shards.gguf import ITEMS_MAX, GgufHeader
+from swarmpy.shards.gguf import GgufHeader
 from swarmpy.shards.special_tokens import control_texts
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -23,8 +23,14 @@ ADDED_TOKENS_MAX = 65_536
 PIECE_CHARS_MAX = 128
 """Longest token that is cut in two to see what merges into it; SentencePiece makes 16 or fewer."""
 
-MERGES_MAX = ITEMS_MAX
-"""Merges of a vocabulary that has scores instead. 262 k tokens have about 600 k."""
+TOKENS_MAX = 1_000_000
+"""Tokens of a vocabulary; the largest have 262 k."""
+
+TOKENS_CHARS_MAX = 4_000_000
+"""Characters of all tokens; those of 262 k tokens have about 2.3 million."""
+
+MERGES_MAX = 1_000_000
+"""Merges that a vocabulary lists, or that its scores come to. 262 k tokens have about 600 k."""
 
 Merge = tuple[str, str]
 
@@ -55,14 +61,19 @@ def read_vocabulary(header: GgufHeader) -> Vocabulary:
     says (`control_texts`): else a reply would not end, or a user's text could end it.
 
     Raises:
-        ModelRefused: A token is there twice, there are not as many types as tokens, or more tokens
-            than `ADDED_TOKENS_MAX` would have to be looked for in every text.
+        ModelRefused: There are more tokens than `TOKENS_MAX`, or more characters in them than
+            `TOKENS_CHARS_MAX`; a token is there twice, there are not as many types as tokens, or
+            more tokens than `ADDED_TOKENS_MAX` would have to be looked for in every text.
     """
     file = header.path.name
-    tokens = tuple(
-        token or f"[EMPTY_{index}]"
-        for index, token in enumerate(header.texts("tokenizer.ggml.tokens"))
-    )
+    texts = header.texts("tokenizer.ggml.tokens")
+    if len(texts) > TOKENS_MAX:
+        raise ModelRefused(f"{file}: {len(texts)} tokens, at most {TOKENS_MAX} are read")
+    if (characters := sum(map(len, texts))) > TOKENS_CHARS_MAX:
+        raise ModelRefused(
+            f"{file}: {characters} characters of tokens, at most {TOKENS_CHARS_MAX} are read"
+        )
+    tokens = tuple(token or f"[EMPTY_{index}]" for index, token in enumerate(texts))
     ids = {token: index for index, token in enumerate(tokens)}
     if len(ids) != len(tokens):
         raise ModelRefused(f"{file}: a token is in the vocabulary twice")
@@ -82,10 +93,13 @@ def listed_merges(header: GgufHeader, vocabulary: Vocabulary) -> list[Merge]:
     """Return the merges that a file lists, the first to be made first.
 
     Raises:
-        ModelRefused: One does not make a token of two tokens.
+        ModelRefused: There are more than `MERGES_MAX`, or one does not make a token of two tokens.
     """
+    listed = header.texts("tokenizer.ggml.merges")
+    if len(listed) > MERGES_MAX:
+        raise vocabulary.refused(f"{len(listed)} merges, at most {MERGES_MAX} are read")
     merges: dict[Merge, None] = {}
-    for merge in header.texts("tokenizer.ggml.merges"):
+    for merge in listed:
         cut = merge.find(" ", 1)
         left, right = merge[:cut], merge[cut + 1 :]
         if cut < 0 or not vocabulary.ids.keys() >= {left, right, left + right}:
@@ -102,7 +116,8 @@ def scored_merges(header: GgufHeader, vocabulary: Vocabulary) -> list[Merge]:
     piece between them.
 
     Raises:
-        ModelRefused: Scores are missing or no numbers, or no list of merges would do the same.
+        ModelRefused: Scores are missing or no numbers, no list of merges would do the same, or it
+            would have more than `MERGES_MAX`.
     """
     scores = header.numbers("tokenizer.ggml.scores")
     if len(scores) != len(vocabulary.tokens):
@@ -129,10 +144,13 @@ def _cuts(piece: str, pieces: Mapping[str, int], vocabulary: Vocabulary) -> Iter
     """The ways to cut a piece into two others, the shortest left one first."""
     last = len(piece) - 1
     for cut in range(1, last + 1):
-        left, right = piece[:cut], piece[cut:]
+        left = piece[:cut]
+        if left not in pieces and cut > 1:
+            continue
+        right = piece[cut:]
         if left in pieces and right in pieces:
             yield left, right
-        elif (left in pieces or cut == 1) and (right in pieces or cut == last):
+        elif right in pieces or cut == last:
             # SentencePiece would join it; tokenizers sees bytes where a character is no token.
             raise vocabulary.refused(f"token {piece!r:.80} has a character that is no token")
 

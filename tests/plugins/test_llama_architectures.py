@@ -8,6 +8,8 @@ bytes. The parts are cut where the model's inspection allows it.
 from __future__ import annotations
 
 import hashlib
+import os
+import struct
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +30,7 @@ try:
 except ExtensionNotFound as missing:
     pytest.skip(f"no llama.cpp library: {missing}", allow_module_level=True)
 
-from llama_cuts import CHECKS, check_models
+from llama_cuts import CHECKS, LONG, check_models
 
 NOT_RUN: Mapping[str, str] = {
     "rwkv7": "hands more than states from layer 0 to all others",
@@ -52,6 +54,18 @@ WHOLE = frozenset(
 
 RUN = sorted(set(MODELS) - set(NOT_RUN))
 
+SHORT_TABLES = frozenset({"gpt2", "mpt", "starcoder"})
+"""Models whose positions are rows of a table, so that no text is longer than it."""
+
+QUICK_LONG = ("deepseek2", "gemma3+stated", "jamba", "llama", "mamba2", "minimax-m3")
+"""Run with long texts each time, one of each kind of memory: latent, window, hybrid, plain,
+recurrent, indexer. All take minutes: with SWARMPY_ALL_DEPTHS=1, for another version of the
+library."""
+
+RUN_LONG = sorted(set(RUN) - SHORT_TABLES) if os.environ.get("SWARMPY_ALL_DEPTHS") else QUICK_LONG
+
+LONG_CHECKS = ("three", "sessions", "back", "move")
+
 
 def inspection_of(path: Path) -> Inspection:
     return inspect_header(read_header(path), build_id="")
@@ -69,6 +83,29 @@ def errors(models: dict[str, Path]) -> dict[str, dict[str, str]]:
     return check_models(models, {name: checks_of(name) for name in RUN})
 
 
+@pytest.fixture(scope="module")
+def long_errors(
+    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, str]]:
+    """What came of the checks with long texts."""
+    folder = tmp_path_factory.mktemp("long")
+    longer = {name: with_long_context(models[name], folder) for name in RUN_LONG}
+    return check_models(longer, {name: long_checks_of(name) for name in RUN_LONG}, is_long=True)
+
+
+def with_long_context(path: Path, folder: Path) -> Path:
+    """Return a copy that says it is for texts as long as the long ones."""
+    header, data = read_header(path), bytearray(path.read_bytes())
+    offset, size = header.spans[f"{header.architecture}.context_length"]
+    data[offset : offset + size] = struct.pack("<II", 4, LONG.context)
+    (folder / path.name).write_bytes(data)
+    return folder / path.name
+
+
+def long_checks_of(name: str) -> list[str]:
+    return [check for check in LONG_CHECKS if check in checks_of(name)]
+
+
 def checks_of(name: str) -> list[str]:
     left_out = set() if "+q" in name else {"batch"}
     if name in WHOLE:
@@ -84,6 +121,16 @@ def test_parts_give_the_bits_of_the_whole(
 ) -> None:
     """In as many parts as can be, in sessions side by side, cut back, moved, and as planned."""
     assert not errors[name][check], errors[name][check]
+
+
+@pytest.mark.parametrize(
+    ("name", "check"), [(name, check) for name in RUN_LONG for check in long_checks_of(name)]
+)
+def test_parts_give_the_bits_of_the_whole_over_long_texts(
+    name: str, check: str, long_errors: dict[str, dict[str, str]]
+) -> None:
+    """In whole chunks, and beyond the positions that attention is computed over at once."""
+    assert not long_errors[name][check], long_errors[name][check]
 
 
 def test_every_architecture_that_is_run_is_proven() -> None:

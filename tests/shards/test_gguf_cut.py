@@ -379,7 +379,8 @@ def test_a_model_known_by_its_depth_is_not_cut_across_it(
 ) -> None:
     with pytest.raises(ModelRefused, match=r"by their number"):
         cut_metadata(layers, start, end, architecture)
-    assert not is_separable(model(metadata(layers, architecture), tensors(layers)), end - start)
+    whole = model(metadata(layers, architecture), tensors(layers))
+    assert not is_separable(whole, end - start, layers=layers)
 
 
 def test_a_model_known_by_its_depth_runs_whole() -> None:
@@ -619,6 +620,21 @@ def test_an_original_that_is_gone_is_refused(target: Path, cut: GgufCut) -> None
 def test_a_folder_that_is_not_there_is_a_plain_error(tmp_path: Path, cut: GgufCut) -> None:
     with pytest.raises(ConfigError, match="cannot write"):
         write_cut(cut, tmp_path / "absent" / "cut.gguf")
+
+
+def test_the_name_that_is_written_under_is_another_each_time(target: Path, cut: GgufCut) -> None:
+    """Goal: nobody who can write to the folder puts a link there, for it to be followed."""
+    names = []
+
+    def note(done: int, total: int) -> None:
+        (path,) = target.parent.glob("*.new")
+        assert path.stat().st_mode & 0o777 == 0o600
+        names.append(path.name)
+
+    for _ in range(2):
+        write_cut(cut, target, note)
+
+    assert names[0] != names[-1]
 
 
 @pytest.mark.model

@@ -249,6 +249,24 @@ def test_pieces_that_cut_in_too_many_ways_are_refused(monkeypatch: pytest.Monkey
         tokenizer_json(header_of(scored()))
 
 
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        ("TOKENS_MAX", "262 tokens, at most 4 are read"),
+        ("TOKENS_CHARS_MAX", "[0-9]+ characters of tokens, at most 4 are read"),
+        ("MERGES_MAX", "[0-9]+ merges, at most 4 are read"),
+    ],
+)
+def test_a_vocabulary_that_would_take_long_to_read_is_refused(
+    limit: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabularies, limit, 4)
+    metadata = vocabulary() | {"tokenizer.ggml.merges": ["h e"] * 5}
+
+    with pytest.raises(ModelRefused, match=reason):
+        tokenizer_json(header_of(metadata))
+
+
 def test_more_special_tokens_than_can_be_looked_for_are_refused() -> None:
     count = vocabularies.ADDED_TOKENS_MAX + 1
     metadata = vocabulary() | {
@@ -273,6 +291,14 @@ def test_a_file_may_name_several_end_tokens() -> None:
     header = header_of(vocabulary() | {"tokenizer.ggml.eos_token_ids": [0, 5]})
 
     assert end_ids(header) == {0, 1, 5}
+
+
+def test_an_end_token_is_one_of_the_tokens_though_two_have_the_same_text() -> None:
+    header = header_of(vocabulary())
+    twice = [*header.texts("tokenizer.ggml.tokens"), "x", "x"]
+    named = {"tokenizer.ggml.tokens": twice, "tokenizer.ggml.eos_token_ids": [len(twice) - 1]}
+
+    assert len(twice) - 1 in end_ids(header_of(vocabulary() | named))
 
 
 @pytest.mark.parametrize("ids", [[262], [-1]])

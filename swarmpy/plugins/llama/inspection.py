@@ -7,6 +7,7 @@ import re
 from swarmpy.abc import Inspection, StateKind
 from swarmpy.errors import ModelRefused
 from swarmpy.plugins.llama.architectures import architecture_of
+from swarmpy.plugins.llama.header_checks import check_numbers
 from swarmpy.plugins.llama.layers import allowed_cuts, layers_of
 from swarmpy.proto.tensor import TensorSpec
 from swarmpy.shards.gguf import GgufHeader
@@ -20,10 +21,12 @@ def inspect_header(header: GgufHeader, *, build_id: str) -> Inspection:
     """Describe a model to planners.
 
     Raises:
-        ModelRefused: An architecture that is not run, or numbers that are missing or absurd.
+        ModelRefused: An architecture that is not run, or numbers that are missing, absurd, or known
+            to end the library's process.
     """
     architecture = architecture_of(header)
     family, count = header.architecture, layer_count(header)
+    check_numbers(header)
     hidden_size = header.integer(f"{family}.embedding_length")
     context_max = header.integer(f"{family}.context_length")
     embedding = header.tensors.get("token_embd.weight")

@@ -118,7 +118,7 @@ def _without_odd_depths(header: GgufHeader, cuts: list[int], count: int) -> tupl
 
     Of the ways to take every so many, the one that leaves the least to the largest part.
     """
-    odd = {depth for depth in range(1, count) if not is_separable(header, depth)}
+    odd = {depth for depth in range(1, count) if not is_separable(header, depth, layers=count)}
     if not odd:
         return tuple(cuts)
     best: list[int] = []
