@@ -8,7 +8,7 @@ Spec: protocols/pipeline.md, section "Assembly".
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import trio
@@ -16,7 +16,6 @@ import trio
 from swarmpy.abc import Inspection, Priority, Progress
 from swarmpy.config import EngineConfig
 from swarmpy.errors import (
-    EngineLost,
     ModelError,
     ModelNotFound,
     NetworkError,
@@ -24,6 +23,7 @@ from swarmpy.errors import (
     PeerTimeout,
     PipelineError,
     ProtocolError,
+    RemoteProtocolError,
     StageEvicted,
     StageLost,
     SwarmError,
@@ -177,6 +177,7 @@ class Assembler:
         told = await self._inspect(model_id)
         capacities = self._capacities(model_id)
         before: SwarmError | None = None
+        lost: set[PeerId] = set()
         gives_up_at = trio.current_time() + BUSY_WAIT_S
         attempt = 1
         while True:
@@ -194,13 +195,19 @@ class Assembler:
             if attempted.is_busy and trio.current_time() < gives_up_at:
                 progress(Progress(step="waiting for another assembly", done=0, total=0, unit=""))
                 await self._pause()
-                capacities = self._capacities(model_id)
+                capacities = self._capacities_without(lost, model_id)
                 continue
             before = attempted.failure()
             if attempt == PLANS_MAX:
                 raise before
             attempt += 1
-            capacities = _without(self._capacities(model_id), attempted)
+            asked = self._capacities_without(lost, model_id)
+            capacities = _after(attempted, asked)
+            lost |= {item.peer for item in asked} - {item.peer for item in capacities}
+
+    def _capacities_without(self, lost: Set[PeerId], model_id: str) -> list[Capacity]:
+        """What is offered now by all but those that a plan before this one has failed on."""
+        return [item for item in self._capacities(model_id) if item.peer not in lost]
 
     async def _pause(self) -> None:
         """Wait for a random while, or coordinators that refused each other would meet again."""
@@ -479,7 +486,7 @@ class _Attempt:
         return PipelineError(message)
 
 
-def _without(capacities: Sequence[Capacity], attempted: _Attempt) -> list[Capacity]:
+def _after(attempted: _Attempt, capacities: Sequence[Capacity]) -> list[Capacity]:
     """What is left to plan with: answers say what a peer has, other errors take it out."""
     changed = {
         capacity.peer: replace(
@@ -492,7 +499,7 @@ def _without(capacities: Sequence[Capacity], attempted: _Attempt) -> list[Capaci
             continue
         if isinstance(error, OfferRefused) and error.memory_bytes is not None:
             changed[peer] = replace(changed[peer], memory_bytes=error.memory_bytes)
-        elif isinstance(error, EngineLost | ModelError | PipelineError | NetworkError):
+        elif isinstance(error, ModelError | PipelineError | NetworkError | RemoteProtocolError):
             del changed[peer]
         else:
             raise error

@@ -153,8 +153,8 @@ class StageClient:
                         )
                     )
                 case Loaded() as loaded:
-                    check_printable(loaded.engine, "a report")
-                    check_printable(loaded.exactness, "a report")
+                    check_printable(loaded.engine, "report")
+                    check_printable(loaded.exactness, "report")
                     self.loaded = loaded
                     return loaded
                 case Failed() as failed:
@@ -249,11 +249,11 @@ class Pipeline:
         """Why the pipeline is gone."""
         self._service = service
         self._sessions: dict[bytes, Listener] = {}
-        slots = min(client.loaded.slots for client in clients if client.loaded is not None)
-        self._slots = trio.Semaphore(slots)
+        self._slot_count = min(item.loaded.slots for item in clients if item.loaded is not None)
+        self._slots = trio.Semaphore(self._slot_count)
         self._closed = trio.Event()
         self._idle = trio.Event()
-        """Set once the last session of a draining pipeline is over."""
+        """Set when the last session is over, and when the pipeline is closed."""
         self.is_draining = False
         """Whether it is given up as soon as its sessions are over; it takes no new ones."""
         self.audience = Audience((service.peer, *plan.ring))
@@ -275,7 +275,9 @@ class Pipeline:
         """
         self.is_draining = True
         try:
-            if not self._is_idle():
+            # Who got the pipeline before it was draining may begin just when it falls idle.
+            while self.is_open and not self._is_idle():
+                self._idle = trio.Event()
                 await self._idle.wait()
         except trio.Cancelled:
             self.is_draining = False
@@ -283,11 +285,8 @@ class Pipeline:
         self.close(error)
 
     def _is_idle(self) -> bool:
-        return not self._sessions and not self._slots.statistics().tasks_waiting
-
-    def _note_idle(self) -> None:
-        if self.is_draining and self._is_idle():
-            self._idle.set()
+        """Whether all slots are free: one that is given on to who waits for it is not."""
+        return self._slots.value == self._slot_count
 
     @property
     def service(self) -> StageService:
@@ -424,11 +423,7 @@ class Pipeline:
             if waiting >= SESSIONS_MAX:
                 raise PipelineError(f"{waiting} requests wait for a slot already") from None
             progress(Progress(step="queued", done=waiting + 1, total=0, unit="sessions"))
-            try:
-                await self._slots.acquire()
-            except trio.Cancelled:
-                self._note_idle()
-                raise
+            await self._slots.acquire()
 
     async def _try_open(self, messages: tuple[Open, ...], audience: Audience) -> bool:
         """Ask all stages at once; False, with nothing taken, if one is busy."""
@@ -440,6 +435,9 @@ class Pipeline:
                 answer = await client.wait_opened(message.session)
                 if isinstance(answer, OpenRefused):
                     refused.append((client, answer))
+        except StageLost:
+            self._raise_if_lost()  # With the reason.
+            raise
         finally:
             for client, message in zip(self.clients, messages, strict=True):
                 client.forget(message.session)
@@ -463,7 +461,8 @@ class Pipeline:
         for client in self.clients:
             client.close_session(session.id)
         self._slots.release()
-        self._note_idle()
+        if self._is_idle():
+            self._idle.set()
 
     def prompt_edge(self, session: bytes) -> OutEdge | None:
         """A stream for a session's prompt to the first stage; None where that is this node."""

@@ -69,7 +69,7 @@ def inspection_of(message: Described) -> Inspection:
     """
     count = message.layer_count
     for text in (message.engine, message.build_id, message.architecture):
-        check_printable(text, "a description")
+        check_printable(text, "description")
     if not message.engine or message.slots_max < 1 or message.context_max < PREFILL_CHUNK:
         raise RemoteProtocolError(
             f"a description with {message.slots_max} slots of {message.context_max} tokens"

@@ -433,7 +433,8 @@ class _Search:
         while left and (end := max(self.reach(peer, start, math.inf) for peer in left)) > start:
             left.remove(next(it for it in left if self.reach(it, start, math.inf) == end))
             start = end
-        any_peer = Capacity(peer=PeerId(""), name="", memory_bytes=0)
+        engine = next(iter(self._mix.engines))
+        any_peer = Capacity(peer=PeerId(""), name="", memory_bytes=0, engine=engine)
         missing = self.terms(any_peer, start, self._count).sum_bytes
         who = ", ".join(self._offer(peer) for peer in asked)
         who = who or "nobody: no peer with an engine is connected, or is left"

@@ -509,6 +509,8 @@ class StageService:
 
         One stage of a model at a time: what another fetches may make the model whole, and move it.
         """
+        if holding.shard is not None:
+            return holding.shard
         model_id = holding.model_id
         async with self._file_locks.setdefault(model_id, trio.Lock()):
             path = self._find_model(model_id)

@@ -58,6 +58,13 @@ def test_a_cell_is_text_and_no_markup() -> None:
     assert "[red]ann" in stream.getvalue()
 
 
+def test_a_cell_cannot_command_the_terminal() -> None:
+    """A peer chooses the name of its engine, and this node that of its files."""
+    stream = io.StringIO()
+    print_table(("engine",), [("\x1b[2Jecho\x1b]0;title\x07\x9b1m",)], stream=stream)
+    assert stream.getvalue().split("\n")[1].strip() == "[2Jecho]0;title1m"
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"), [("90s", 90), ("30m", 1800), ("24h", 86400), ("1d", 86400), ("1.5h", 5400)]
 )

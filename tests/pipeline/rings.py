@@ -20,7 +20,7 @@ from swarmpy.pipeline.engines import Engines
 from swarmpy.pipeline.fit import fit
 from swarmpy.pipeline.planner import Capacity
 from swarmpy.pipeline.session import Generation, generate
-from swarmpy.pipeline.stage import StageService
+from swarmpy.pipeline.stage import CheckFiles, ObtainFiles, StageService
 from swarmpy.proto.pipeline import Sampling
 from swarmpy.testing.engine import EchoModel, inspection_of
 from swarmpy.testing.network import Link, SimNetwork
@@ -96,6 +96,8 @@ class Swarm:
     announced: dict[PeerId, int]
     """What others believe a node can hold."""
     speeds: dict[PeerId, float]
+    engines: dict[PeerId, str] = field(default_factory=dict)
+    """What others believe runs the model on a node, where that is not the EchoEngine."""
 
     def capacities(self, model_id: str) -> list[Capacity]:
         return [
@@ -104,7 +106,7 @@ class Swarm:
                 name=node.name,
                 memory_bytes=self.announced[node.peer],
                 speed_bytes_s=self.speeds.get(node.peer, 0.0),
-                engine="echo",
+                engine=self.engines.get(node.peer, "echo"),
                 shards=tuple(
                     (shard.start, shard.end)
                     for shard in node.service.shards
@@ -129,6 +131,8 @@ async def open_swarm(
     host_class: type[NativeHost] = NativeHost,
     slots: int = 4,
     holds_model: Sequence[bool] | None = None,
+    obtain_files: ObtainFiles | None = None,
+    check_files: CheckFiles | None = None,
 ) -> AsyncIterator[Swarm]:
     """Start nodes that are all connected to each other; the first is the tests' coordinator."""
     model = model or EchoModel()
@@ -157,6 +161,8 @@ async def open_swarm(
                 hosts,
                 memory_bytes_max=budgets[index],
                 find_model=lambda _, has_model=has_model: folder if has_model else None,
+                obtain_files=obtain_files,
+                check_files=check_files or _nothing_to_fetch,
             )
             assembler = Assembler(service, config=config, capacities=swarm.capacities, random=draw)
             node = Node(f"node{index}", host, service, assembler, draw)
@@ -170,6 +176,10 @@ async def open_swarm(
                 await anext(events)  # This end knows of it too.
         yield swarm
         nursery.cancel_scope.cancel()
+
+
+async def _nothing_to_fetch(model_id: str, start: int, end: int) -> int:
+    return 0
 
 
 async def _run(node: Node, engines: Engines, *, task_status: trio.TaskStatus[None]) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from swarmpy.abc import Inspection
 from swarmpy.config import EngineConfig
-from swarmpy.errors import ExtensionNotFound, ModelRefused
+from swarmpy.errors import EngineLost, ExtensionNotFound, ModelRefused
+from swarmpy.identity import Identity
+from swarmpy.net.host import NativeHost
 from swarmpy.pipeline import engines
 from swarmpy.pipeline.engine_host import EngineHost
 from swarmpy.pipeline.engines import Choice, Engines
+from swarmpy.pipeline.stage import StageService
 from swarmpy.testing.engine import EchoModel
+from swarmpy.testing.network import SimNetwork
 
 FOLDERS, ALL, PROUD = (f"picky_engines:{name}" for name in ("FoldersOnly", "AllRounder", "Proud"))
 
@@ -44,6 +50,39 @@ async def test_where_the_first_refuses_the_next_runs_the_model_and_the_reason_is
 
     assert chosen.inspection.engine == "folders"
     assert chosen.why == f"made for folders; {PROUD}: not good enough"
+
+
+class LostOnce(EngineHost):
+    """Its child is killed while it is asked for the first time."""
+
+    was_lost = False
+
+    async def inspect(self, path: Path) -> Inspection:
+        if not self.was_lost:
+            self.was_lost = True
+            raise EngineLost("killed: out of memory")
+        return await super().inspect(path)
+
+
+async def test_an_engine_that_was_lost_while_it_was_asked_is_asked_again(tmp_path: Path) -> None:
+    path = EchoModel().write(tmp_path / "model")
+    first, other = (
+        kind(name, config=EngineConfig(), cache_folder=tmp_path)
+        for kind, name in ((LostOnce, FOLDERS), (EngineHost, ALL))
+    )
+    draw = random.Random(1)
+    host = NativeHost(Identity.generate(draw), SimNetwork().network("10.0.0.1"), random=draw)
+    stages = StageService(
+        host, Engines([first, other]), memory_bytes_max=1, find_model=lambda _: path
+    )
+
+    at_first = await stages.choose("ab" * 32)
+    remembered = stages.chosen("ab" * 32)
+    afterwards = await stages.choose("ab" * 32)
+
+    assert (at_first.host, at_first.is_certain, remembered) == (other, False, None)
+    assert f"{FOLDERS}: killed: out of memory" in at_first.why
+    assert (afterwards.host, stages.chosen("ab" * 32)) == (first, afterwards)
 
 
 async def test_where_all_refuse_each_reason_is_told(tmp_path: Path) -> None:

@@ -47,6 +47,13 @@ def ranges(layout: Plan) -> list[tuple[str, int, int]]:
     return [(stage.peer, stage.start, stage.end) for stage in layout.stages]
 
 
+def joined(layers: set[int]) -> tuple[tuple[int, int], ...]:
+    """Layers as ranges that are in order and apart from each other."""
+    starts = sorted(layer for layer in layers if layer - 1 not in layers)
+    ends = sorted(layer + 1 for layer in layers if layer + 1 not in layers)
+    return tuple(zip(starts, ends, strict=True))
+
+
 PEERS = st.lists(
     st.tuples(st.floats(0, 1.3), st.floats(1e8, 1e11), st.booleans()), min_size=1, max_size=4
 )
@@ -69,19 +76,62 @@ def swarm(inspection: Inspection, drawn: list[tuple[float, float, bool]]) -> lis
     ]
 
 
-def is_feasible(inspection: Inspection, peers: list[Capacity]) -> bool:
-    """By trying every order and every cut."""
+def can_run(inspection: Inspection, peer: Capacity, start: int, end: int) -> bool:
+    """Whether a peer has the files of layers, or fetches them, and room for them."""
+    has = peer.files is None or any(low <= start and end <= high for low, high in peer.files)
+    return (has or peer.fetches) and need(inspection, start, end) <= peer.memory_bytes
+
+
+def is_feasible(inspections: dict[str, Inspection], peers: list[Capacity]) -> bool:
+    """By trying every order and every cut that the engines in it share."""
     able = [peer for peer in peers if peer.holds_model]
+    count = inspections["echo"].layer_count
     for size in range(1, len(able) + 1):
         for order in itertools.permutations(able, size):
-            for inner in itertools.combinations(inspection.cuts, size - 1):
-                cuts = [0, *inner, inspection.layer_count]
-                if all(
-                    need(inspection, *pair) <= peer.memory_bytes
-                    for peer, pair in zip(order, itertools.pairwise(cuts), strict=True)
-                ):
+            told = [inspections[peer.engine or "echo"] for peer in order]
+            shared = set.intersection(*(set(item.cuts) for item in told))
+            for inner in itertools.combinations(sorted(shared), size - 1):
+                pairs = itertools.pairwise([0, *inner, count])
+                stages = zip(told, order, pairs, strict=True)
+                if all(can_run(item, peer, *pair) for item, peer, pair in stages):
                     return True
     return False
+
+
+def mixed_swarm(draw: random.Random) -> tuple[dict[str, Inspection], list[Capacity]]:
+    """Two engines that agree, the second with other weights and fewer cuts, and peers with files.
+
+    Most of them make up the model together, and few alone.
+    """
+    layers = draw.randint(3, 6)
+    model = EchoModel(
+        layers=layers,
+        layer_weight_bytes=draw.choice((10**8, 10**9)),
+        is_tied=draw.random() < 0.5,
+    )
+    echo = inspection_of(model)
+    other = replace(
+        echo,
+        engine="other",
+        cuts=tuple(cut for cut in echo.cuts if draw.random() < 0.8),
+        layer_weight_bytes=(int(model.layer_weight_bytes * draw.uniform(0.3, 2)),) * layers,
+    )
+    peers = []
+    for peer in (A, B, C, D)[: draw.randint(2, 4)]:
+        held = {layer for layer in range(layers) if draw.random() < 0.7}
+        held |= set(range(draw.choice((0, layers // 2)), layers))
+        peers.append(
+            capacity(
+                peer,
+                int(need(echo, 0, layers) * draw.uniform(0.2, 1)),
+                speed_bytes_s=draw.choice((1e9, 3e9, 1e10)),
+                holds_model=draw.random() < 0.9,
+                files=draw.choice((None, joined(held), joined({*range(layers // 2 + 1)}))),
+                fetches=draw.random() < 0.3,
+                engine=draw.choice(("", "echo", "other")),
+            )
+        )
+    return {"echo": echo, "other": other}, peers
 
 
 @settings(max_examples=300, deadline=None)
@@ -89,24 +139,36 @@ def is_feasible(inspection: Inspection, peers: list[Capacity]) -> bool:
 def test_any_plan_tiles_the_layers_and_fits_and_exists_where_one_can(
     model: EchoModel, drawn: list[tuple[float, float, bool]]
 ) -> None:
-    inspection = inspection_of(model)
-    peers = swarm(inspection, drawn)
+    inspections = {"echo": inspection_of(model)}
+    check_plan(inspections, swarm(inspections["echo"], drawn))
 
-    if not is_feasible(inspection, peers):
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_any_plan_over_two_engines_and_peers_with_files_exists_where_one_can(seed: int) -> None:
+    check_plan(*mixed_swarm(random.Random(seed)))
+
+
+def check_plan(inspections: dict[str, Inspection], peers: list[Capacity]) -> None:
+    """Plan, and check that the plan can be run, or that none could."""
+    if not is_feasible(inspections, peers):
         with pytest.raises(NoPipeline):
-            lay_out(inspection, peers)
+            lay_out_mixed(list(inspections.values()), peers)
         return
-    layout = lay_out(inspection, peers)
+    layout = lay_out_mixed(list(inspections.values()), peers)
 
     by_peer = {peer.peer: peer for peer in peers}
+    count = inspections["echo"].layer_count
     assert layout.cuts[0] == 0
-    assert layout.cuts[-1] == model.layers
+    assert layout.cuts[-1] == count
     assert all(stage.start < stage.end for stage in layout.stages)
     assert len(set(layout.ring)) == len(layout.ring)
     for stage, (start, end) in zip(layout.stages, itertools.pairwise(layout.cuts), strict=True):
+        inspection = inspections[by_peer[stage.peer].engine or "echo"]
         assert (stage.start, stage.end) == (start, end)
+        assert {start, end} <= {0, *inspection.cuts, count}
         assert need(inspection, start, end) == stage.terms.sum_bytes
-        assert stage.terms.sum_bytes <= by_peer[stage.peer].memory_bytes
+        assert can_run(inspection, by_peer[stage.peer], start, end)
 
 
 @settings(max_examples=100, deadline=None)
@@ -118,7 +180,7 @@ def test_any_order_of_the_same_capacities_gives_the_same_plan(
     peers = swarm(inspection, drawn)
     shuffled = list(peers)
     random.Random(seed).shuffle(shuffled)
-    if is_feasible(inspection, peers):
+    if is_feasible({"echo": inspection}, peers):
         assert lay_out(inspection, peers) == lay_out(inspection, shuffled)
 
 
@@ -396,6 +458,46 @@ def test_a_ring_takes_the_shortest_context_and_the_fewest_slots_of_its_engines()
     assert (layout.slots, layout.context) == (1, CONTEXT // 2)
 
 
+@pytest.mark.parametrize("limit", [{"cuts": (3,)}, {"context_max": CONTEXT // 2}, {"slots_max": 1}])
+def test_an_engine_that_is_in_no_stage_does_not_limit_the_ring(limit: dict[str, object]) -> None:
+    """The peer that runs it has no memory at all."""
+    inspections = [small(), of_engine(small(), "other"), of_engine(small(), "third", **limit)]
+    room = max(need(small(), 0, 2), need(small(), 2, 4), need(small(), 4, 6))
+    peers = [
+        capacity(peer, room, engine=engine)
+        for peer, engine in ((A, "echo"), (B, "other"), (C, "echo"))
+    ]
+
+    layout = lay_out_mixed(inspections, [*peers, capacity(D, 0, engine="third")])
+
+    assert layout == lay_out_mixed(inspections[:2], peers)
+    assert layout.cuts == (0, 2, 4, 6)
+    assert (layout.slots, layout.context) == (SLOTS, CONTEXT)
+
+
+def test_engines_that_agree_share_a_ring_where_the_coordinators_own_does_not() -> None:
+    own = of_engine(small(), "own", vocabulary_size=300)
+    inspections = [own, of_engine(small(), "one"), of_engine(small(), "two")]
+    room = need(small(), 0, 4)
+    peers = [
+        capacity(A, room, engine="own"),
+        capacity(B, room, engine="one"),
+        capacity(C, room, engine="two"),
+    ]
+
+    assert set(lay_out_mixed(inspections, peers).ring) == {B, C}
+
+
+def test_a_refusal_is_told_where_the_coordinators_own_engine_agrees_with_none() -> None:
+    """A peer that has not told its engine is taken to have the coordinator's."""
+    own = of_engine(small(), "own", vocabulary_size=300)
+    inspections = [own, of_engine(small(), "one"), of_engine(small(), "two")]
+    peers = [capacity(A, 0), capacity(B, 1000, engine="one"), capacity(C, 1000, engine="two")]
+
+    with pytest.raises(NoPipeline, match=r"layers 0-5; .*b offers 1 kB, c offers 1 kB"):
+        lay_out_mixed(inspections, peers)
+
+
 def test_a_peer_whose_engine_nobody_described_is_left_out_and_named() -> None:
     room = need(small(), 0, 4)
     peers = [capacity(A, room, engine="echo"), capacity(B, room, engine="warp")]
@@ -419,6 +521,28 @@ def test_forty_peers_are_filled_one_after_the_other() -> None:
 
     assert layout.cuts[-1] == 40
     assert len(layout.stages) >= 20
+
+
+@pytest.mark.parametrize("fattest", ["the first", "the last", "nobody"])
+def test_twelve_peers_with_a_layers_files_each_make_a_ring(fattest: str) -> None:
+    """Beyond what is searched exactly, whoever has most memory need not come first."""
+    growth = {"the first": -1, "the last": 1, "nobody": 0}[fattest]
+    peers = [
+        capacity(PeerId(f"P{index:02}"), 10**12 + growth * index, files=((index, index + 1),))
+        for index in range(12)
+    ]
+
+    layout = lay_out(inspection_of(EchoModel(layers=12)), peers)
+
+    assert layout.ring == tuple(peer.peer for peer in peers)
+
+
+def test_two_peers_that_have_the_files_are_found_behind_ten_with_more_memory() -> None:
+    room = 10**12
+    fat = [capacity(PeerId(f"P{index:02}"), 2 * room, files=((0, 1),)) for index in range(10)]
+    peers = [*fat, capacity(A, room, files=((0, 6),)), capacity(B, room, files=((6, 12),))]
+
+    assert lay_out(inspection_of(EchoModel(layers=12)), peers).ring == (A, B)
 
 
 def test_the_speed_is_predicted_from_bytes_and_round_trips() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,12 @@ from faulty import POISON
 from rings import ECHO, MODEL_ID, budget_for, open_swarm
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from swarmpy.abc import Progress
 from swarmpy.config import SESSION_LEASE_S
 from swarmpy.errors import (
     BadMessage,
     ContextExceeded,
+    DownloadFailed,
     EngineLost,
     ModelRefused,
     NetworkError,
@@ -23,13 +27,19 @@ from swarmpy.errors import (
     PipelineError,
     RowError,
     SamplingError,
+    StageBusy,
     StageLost,
 )
+from swarmpy.identity import Identity
 from swarmpy.net.messages import MessageStream
-from swarmpy.pipeline.links import PROTOCOL
+from swarmpy.pipeline.coordinator import Pipeline, StageClient
+from swarmpy.pipeline.fit import fit
+from swarmpy.pipeline.holdings import Holding, Holdings
+from swarmpy.pipeline.links import PROTOCOL, control_pair
+from swarmpy.pipeline.planner import StagePlan
 from swarmpy.pipeline.session import Generation
-from swarmpy.proto.pipeline import Edge, Sampling, TokenFrame
-from swarmpy.testing.engine import EchoModel, reply
+from swarmpy.proto.pipeline import Edge, Loaded, Sampling, TokenFrame
+from swarmpy.testing.engine import EchoModel, inspection_of, reply
 from swarmpy.testing.network import Link
 
 PROMPT = list(range(5, 25))
@@ -314,6 +324,35 @@ async def test_a_refusal_that_cannot_be_planned_around_rolls_everything_back(
         assert swarm.nodes[0].assembler.pipelines() == []
 
 
+async def test_a_peer_that_failed_is_not_asked_again_when_another_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    """The fastest cannot load; the one that is planned with instead is busy twice."""
+    half = budget_for(EchoModel(), 2)
+    offers = {"node1": 0, "node2": 0}
+    reserve = Holdings.reserve
+    async with open_swarm(
+        tmp_path, budgets=[half] * 3, engines=[ECHO, "faulty:RefusingEngine", ECHO]
+    ) as swarm:
+        names = {id(node.service._holdings): node.name for node in swarm.nodes[1:]}
+
+        async def reserve_later(holdings: Holdings, wanted: Holding, pipeline: bytes) -> Holding:
+            name = names.get(id(holdings), "")
+            if name:
+                offers[name] += 1
+            if name == "node2" and offers[name] <= 2:
+                raise StageBusy("the memory is promised")
+            return await reserve(holdings, wanted, pipeline)
+
+        monkeypatch.setattr(Holdings, "reserve", reserve_later)
+        swarm.speeds = {node.peer: 1e9 for node in swarm.nodes}
+        swarm.speeds[swarm.nodes[1].peer] = 100e9
+
+        assert await swarm.nodes[0].reply(PROMPT) == reply(EchoModel(), PROMPT, 8)
+
+    assert offers == {"node1": 1, "node2": 3}
+
+
 async def test_a_failed_load_rolls_everything_back(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
@@ -368,6 +407,117 @@ async def test_an_idle_shard_makes_room_for_another_model(
         assert {shard.model_id for node in swarm.nodes for shard in node.service.shards} == {
             "cd" * 32
         }
+
+
+async def test_a_shard_makes_no_room_while_another_stage_of_its_ring_fetches(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """Another model needs everybody's memory meanwhile, and two of three shards are loaded."""
+    pipelines: list[Pipeline] = []
+
+    async def obtain(model_id: str, start: int, end: int, report: object) -> Path:
+        if (model_id, end) == (MODEL_ID, EchoModel().layers):
+            await trio.sleep(20)
+        return tmp_path
+
+    async with open_swarm(tmp_path, obtain_files=obtain) as swarm, trio.open_nursery() as nursery:
+
+        async def assemble() -> None:
+            pipelines.append(await swarm.nodes[0].assembler.pipeline_for(MODEL_ID))
+
+        nursery.start_soon(assemble)
+        await trio.sleep(5)
+        assert [len(node.service.shards) for node in swarm.nodes] == [1, 1, 0]
+        with pytest.raises(NoPipeline):
+            await swarm.nodes[1].assembler.pipeline_for("cd" * 32)
+        await trio.sleep(1)
+
+        assert [pipeline.error for pipeline in pipelines] == [None]
+        assert await swarm.nodes[0].reply(PROMPT) == reply(EchoModel(), PROMPT, 8)
+
+
+# Files -----------------------------------------------------------------------------------
+
+
+async def test_a_fetch_is_told_four_times_a_second_over_a_slow_link_and_once_it_is_done(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """Goal: a download that reports every piece does not fill its control stream's queue."""
+    pieces, seconds = 5000, 10.0
+    told: dict[str, list[int]] = {}
+
+    async def obtain(
+        model_id: str, start: int, end: int, report: Callable[[Progress], None]
+    ) -> Path:
+        for done in range(1, pieces + 1):
+            await trio.sleep(seconds / pieces)
+            report(Progress(step="downloading", done=done, total=pieces, unit="bytes"))
+        return tmp_path
+
+    def note(progress: Progress) -> None:
+        if progress.unit == "bytes":
+            told.setdefault(progress.step, []).append(progress.done)
+
+    link = Link(latency_s=0.05, bytes_per_s=12_500)
+    async with open_swarm(tmp_path, obtain_files=obtain, link=link) as swarm:
+        pipeline = await swarm.nodes[0].assembler.pipeline_for(MODEL_ID, on_progress=note)
+
+        assert pipeline.is_open
+    assert len(told) == 3
+    for reports in told.values():
+        assert 4 * seconds - 2 <= len(reports) <= 4 * seconds + 2
+        assert reports[-1] == pieces
+
+
+async def test_a_failed_download_is_told_by_name(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """It failed on the last stage, which is another node's."""
+
+    async def obtain(model_id: str, start: int, end: int, report: object) -> Path:
+        if end == EchoModel().layers:
+            raise DownloadFailed("the Hub has no room for us")
+        return tmp_path
+
+    async with open_swarm(tmp_path, obtain_files=obtain) as swarm:
+        with pytest.raises(NoPipeline, match="node2: the Hub has no room for us") as caught:
+            await swarm.nodes[0].reply(PROMPT)
+
+    assert isinstance(caught.value.__cause__, DownloadFailed)
+
+
+# Reports -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [("\x1b[2J", "echo"), ("echo", "a\nb")])
+async def test_an_engine_whose_name_would_command_a_terminal_is_a_breach(
+    names: tuple[str, str],
+) -> None:
+    engine, exactness = names
+    here, there = (Identity.generate(random.Random(index)).peer_id for index in range(2))
+    coordinator_end, stage_end = control_pair(coordinator=here, stage=there)
+    terms = fit(inspection_of(EchoModel()), 0, 12, slots=1, context=64)
+    planned = StagePlan(peer=there, name="node1", start=0, end=12, terms=terms, seconds=1.0)
+    stage_end.send_nowait(
+        Loaded(weight_bytes=1, rss_bytes=1, slots=1, engine=engine, exactness=exactness)
+    )
+
+    with pytest.raises(BadMessage, match="cannot be printed"):
+        await StageClient(coordinator_end, planned).load(lambda _: None)
+
+
+async def test_a_stage_that_reports_such_an_engine_is_planned_around(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    half = budget_for(EchoModel(), 2)
+    async with open_swarm(tmp_path, budgets=[half] * 3) as swarm:
+        swarm.speeds = {node.peer: 1e9 for node in swarm.nodes}
+        swarm.speeds[swarm.nodes[1].peer] = 100e9
+        (engine,) = swarm.nodes[1].service._engines.hosts
+        monkeypatch.setattr(engine, "engine_name", "\x1b[31mecho")
+
+        assert await swarm.nodes[0].reply(PROMPT) == reply(EchoModel(), PROMPT, 8)
+        stages = swarm.nodes[0].assembler.pipelines()[0].stages
+
+    assert {stage.name for stage in stages} == {"node0", "node2"}
 
 
 # Bad requests --------------------------------------------------------------------------

@@ -71,6 +71,19 @@ def sign(signer: Identity = ANN, **changes: object) -> bytes:
     return seal(signer, domain=DOMAIN, payload_type=PAYLOAD_TYPE, payload=payload)
 
 
+def held(*layers: tuple[int, int], **changes: object) -> AnnouncedModel:
+    """A model of twelve layers, of which some are held."""
+    plain = AnnouncedModel(
+        model_id="m",
+        name="m",
+        display_name="m",
+        size_bytes=1,
+        layer_count=12,
+        layers=layers,
+    )
+    return msgspec.structs.replace(plain, **changes)
+
+
 def test_an_announcement_reads_back_with_its_signers_membership() -> None:
     sealed = seal_announcement(ANN, announcement())
 
@@ -81,6 +94,14 @@ def test_an_announcement_reads_back_with_its_signers_membership() -> None:
     assert signed.envelope == sealed
     assert signed.network_id == own_network_id(NETWORK)
     assert signed.expires_wall_s == NOW_S + ANNOUNCEMENT_TTL_S
+
+
+def test_models_read_back_with_the_layers_that_are_held() -> None:
+    models = (held((0, 1), (2, 12)), held(engine="echo", speed_bytes_s=1e9), held(layers=None))
+
+    signed = open_announcement(sign(models=models), wall_s=NOW_S)
+
+    assert signed.announcement.models == models
 
 
 def test_two_announcements_that_differ_in_time_alone_have_the_same_contents() -> None:
@@ -163,6 +184,15 @@ def test_a_tampered_announcement_is_refused() -> None:
         {"memory_bytes_free": -1},
         {"seq": 2**53},
         {"shards": (AnnouncedShard(model_id="m", start=3, end=3),)},
+        {"models": (held((5, 6), (0, 2)),)},
+        {"models": (held((0, 3), (2, 5)),)},
+        {"models": (held((0, 3), (3, 5)),)},
+        {"models": (held((2, 2)),)},
+        {"models": (held((3, 2)),)},
+        {"models": (held((10, 13)),)},
+        {"models": (held(*((index, index + 1) for index in range(0, 34, 2)), layer_count=40),)},
+        {"models": (held(engine="\x1b[2J"),)},
+        {"models": (held(speed_bytes_s=-1.0),)},
     ],
 )
 def test_an_announcement_with_impossible_contents_is_refused(changes: dict[str, object]) -> None:

@@ -11,19 +11,25 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import trio
 from gguf_models import write_models
 from hub_server import FakeHub
 
+from swarmpy import node_offers
 from swarmpy.config import Config, EngineConfig, ModelsConfig
 from swarmpy.errors import ExtensionNotFound, NoPipeline
 from swarmpy.node import Node
+from swarmpy.pipeline.engine_host import EngineHost, HostedShard
+from swarmpy.pipeline.links import CoordinatorControl
 from swarmpy.pipeline.session import Generation
 from swarmpy.plugins.llama.library import find_library
-from swarmpy.proto.pipeline import Sampling
+from swarmpy.proto.pipeline import Accepted, Load, Loaded, Offer, Progressed, Sampling
 from swarmpy_cli.budget import split_budget, whole_budget
+from tests.small_nodes import until
 from tests.swarms import config, environment
 
 pytest.importorskip("huggingface_hub", reason="needs the extra 'hub'")
@@ -157,6 +163,90 @@ async def test_a_node_that_may_not_fetch_is_not_given_layers_it_lacks(
             await node.prepare("tiny-f32")
 
     assert model_hub.sent[FILE] == sent
+
+
+async def test_a_node_that_may_not_fetch_refuses_the_offer_of_layers_it_lacks(
+    model_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its coordinator believes that it has them all."""
+    own_capacity = node_offers._own_capacity
+    monkeypatch.setattr(
+        node_offers,
+        "_own_capacity",
+        lambda node, model_id: replace(own_capacity(node, model_id), files=None),
+    )
+    async with open_nodes(tmp_path, [10**10], fetch=False) as (node,):
+        with pytest.raises(NoPipeline, match=r"a refused .*layers .* are not on this machine"):
+            await node.prepare("tiny-f32")
+
+        assert node.stages.shards == ()
+
+
+async def test_two_stages_of_a_model_on_one_node_load_though_the_second_makes_it_whole(
+    model_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are of two rings, whose other halves are the other node's.
+
+    Method: the first is loaded once the second waits for it, or has moved the model.
+    """
+    monkeypatch.setattr("swarmpy.pipeline.stage.LOADS_MAX", 1)
+    load, is_loading = EngineHost.load, trio.Event()
+    async with open_nodes(tmp_path, [10**10, 0]) as (node, other):
+        entry = node.catalog.find("tiny-f32")
+        locks = node.stages._file_locks
+
+        def is_second_there() -> bool:
+            lock = locks.get(entry.model_id)
+            is_waiting = lock is not None and lock.statistics().tasks_waiting > 0
+            return is_waiting or not entry.path.exists()
+
+        async def load_late(host: EngineHost, path: Path, **shard: Any) -> HostedShard:
+            if shard["start"] == 0:
+                is_loading.set()
+                await until(is_second_there)
+            return await load(host, path, **shard)
+
+        monkeypatch.setattr(EngineHost, "load", load_late)
+        inspection = (await node.stages.choose(entry.model_id)).inspection
+        cut = inspection.cuts[len(inspection.cuts) // 2]
+        specs = tuple(inspection.wire_specs[cut])
+        first = Offer(
+            pipeline=b"1" * 16,
+            model_id=entry.model_id,
+            stage=0,
+            ring=(node.peer_id, other.peer_id),
+            cuts=(0, cut, inspection.layer_count),
+            slots=1,
+            context=CONTEXT,
+            exact=False,
+            received=(),
+            sent=specs,
+            expected_bytes=0,
+        )
+        second = msgspec.structs.replace(
+            first,
+            pipeline=b"2" * 16,
+            stage=1,
+            ring=(other.peer_id, node.peer_id),
+            received=specs,
+            sent=(),
+        )
+        stages = [node.stages.offer_local(offer) for offer in (first, second)]
+        for stage in stages:
+            assert isinstance(await stage.receive(), Accepted)
+        for stage in stages:
+            stage.send_nowait(Load())
+            await is_loading.wait()
+
+        assert [await last_report(stage) for stage in stages] == [Loaded, Loaded]
+        assert not entry.path.exists(), "the model was moved"
+
+
+async def last_report(stage: CoordinatorControl) -> type[object]:
+    """Wait until a stage is loaded or has failed."""
+    while isinstance(report := await stage.receive(), Progressed):
+        pass
+    return type(report)
 
 
 async def test_a_hub_that_is_gone_while_a_stage_fetches_is_told_with_its_reason(
