@@ -262,7 +262,9 @@ class Assembler:
             is_other = capacity.holds_model and capacity.peer != self._service.peer
             if is_other and capacity.engine not in told.inspections:
                 asked.setdefault(capacity.engine, []).append(capacity)
-        engines = sorted(asked)[: ENGINES_MAX + 1]  # "", those that have not told, is the first.
+        # "", those that have not told, comes first; then what many have: one liar displaces nobody.
+        order = sorted(asked, key=lambda engine: (engine != "", -len(asked[engine]), engine))
+        engines = order[: ENGINES_MAX + 1]
         return [
             capacity
             for engine in engines
